@@ -1,0 +1,1073 @@
+"""Engines: tokens, sequences and native libraries. Nothing here knows HTTP or the OpenAI schema.
+
+The law: one engine process per loaded model; in it, one thread is the only one that ever touches the native library;
+a producer never waits for a consumer.
+
+Server process                                   Engine process (spawned, one per loaded model)
+  handler threads: Engine.submit() -> Job          run_engine: EngineLoop over one Backend
+  writer thread:   outbox ──── pipe ────────────►    receive() -> admit() -> step() -> one message of events
+  reader thread:   Job.events ◄──── pipe ────────┘   EOF on the pipe is how either side learns of the other's death
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import functools
+import gc
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import queue
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from typing import Any, ClassVar, Protocol
+
+log = logging.getLogger("openai_api_endpoint")
+
+# ───────────────────────────────────────────── what crosses the pipe ─────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to complete. `messages`: [{role, content: str, ...}], rendered by the model's own chat template."""
+
+    messages: tuple[dict[str, Any], ...]
+
+    def characters(self) -> int:
+        return sum(len(m["content"] or "") for m in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. None means: the model's own generation_config, else FALLBACK. top_k 0 is off."""
+
+    max_tokens: int | None = None  # None: what the context has left after the prompt
+    temperature: float | None = None  # 0 is greedy
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0  # over the completion so far
+    frequency_penalty: float = 0.0  # over the completion so far
+    repetition_penalty: float = 1.0  # over prompt and completion
+    seed: int | None = None  # choice i of a request uses seed + i
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+
+
+FALLBACK = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}  # where neither the request nor the model says
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The engine has taken the request: the first event of every job that is not refused."""
+
+    prompt_tokens: int
+    cached_tokens: int | None  # None: this engine cannot tell, and we do not guess
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one choice. `text` may be empty: half a character, or the beginning of a stop string."""
+
+    choice: int
+    text: str
+    tokens: int
+    finish: str | None = None  # "stop" | "length", set on a choice's last delta
+
+
+class Refused(Exception):
+    """This model can never serve this request; the client is told why (HTTP 400)."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message, param, code)  # all of them in args, or it would not survive the pipe
+        self.message, self.param, self.code = message, param, code
+
+
+class EngineFailed(Exception):
+    """The engine broke under this request, or died (HTTP 500)."""
+
+
+class QueueFull(Exception):
+    """All slots are busy and the queue is full (HTTP 429)."""
+
+
+Event = Started | Delta | Refused | EngineFailed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that an engine process needs to load a model."""
+
+    backend: str
+    path: str
+    slots: int = 8  # sequences decoded in one batch
+    threads: int = 0  # 0: one per physical core
+    cache_tokens: int | None = None  # KV cache over all slots; None: default_cache_tokens()
+    chat_template: str | None = None  # Jinja source that takes the place of the model's own
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine turned out to be, once loaded."""
+
+    backend: str
+    library: str  # name and version
+    slots: int
+    threads: int
+    context: int  # tokens one request may use, prompt and completion together
+    cache_tokens: int
+    fingerprint: str  # changes with weights, library and batch settings
+
+
+# ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
+
+
+class Backend(Protocol):
+    """A binding to one library. Constructed, used and closed by one thread of the engine process.
+
+    `start` takes the token ids of a prompt and returns (seq, tokens found in the KV cache, or None when unknown);
+    `step` advances every started sequence as far as one batch goes and returns the new token ids of each;
+    `cancel` frees a sequence's slot, also of one that has ended. Which tokens end a completion, what text they are
+    and how many may come is the loop's business. A binding may stop a sequence by itself, never emit past the end.
+    """
+
+    LIBRARY: ClassVar[str]  # the module to import
+    INSTALL: ClassVar[str]  # what `pip install` brings it
+    library: str  # what was imported, with its version
+    slots: int
+    threads: int
+    context: int
+    cache_tokens: int
+    eos: frozenset[int]
+    defaults: dict[str, float]  # the model's own sampling
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]): ...  # loads; progress is 0..1
+    def encode(self, prompt: Prompt) -> list[int]: ...
+    def piece(self, token: int) -> bytes: ...
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]: ...
+    def step(self) -> Iterable[tuple[int, Sequence[int]]]: ...
+    def cancel(self, seq: int) -> None: ...
+    def close(self) -> None: ...
+
+
+# ─────────────────────────────────────────── text: stop strings, half characters ─────────────────────────────────
+
+
+class StopGate:
+    """Push parser that lets text through up to a stop string, and holds what may be the beginning of one.
+
+    The stop string that is complete first wins, and of those that end together the longest, so that the result does
+    not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = stops
+        self.heads = {s[0] for s in stops}
+        self.reach = max(map(len, stops), default=1) - 1
+        self.held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Returns (text that is safe to show, whether a stop string was met). Feed nothing after a hit."""
+        if not self.stops:
+            return text, False
+        text = self.held + text
+        hits = [(at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0]
+        if hits:
+            self.held = ""
+            return text[: min(hits)[1]], True
+        cut = len(text)
+        for at in range(max(0, len(text) - self.reach), len(text)):
+            if text[at] in self.heads and any(s.startswith(text[at:]) for s in self.stops):
+                cut = at
+                break
+        self.held = text[cut:]
+        return text[:cut], False
+
+    def flush(self) -> str:
+        """What was held, once no more text can come."""
+        held, self.held = self.held, ""
+        return held
+
+
+class Choice:
+    """One choice of a request while it is generated: token ids in, deltas out. The only place that ends one."""
+
+    def __init__(self, request: Request, index: int):
+        self.request, self.index = request, index
+        sampling = request.sampling
+        self.gate = StopGate(sampling.stop)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.ends = frozenset(sampling.stop_token_ids) | request.eos
+        assert sampling.max_tokens is not None  # EngineLoop.submit has filled it in
+        self.left = sampling.max_tokens
+
+    def take(self, tokens: Sequence[int], piece: Callable[[int], bytes]) -> Delta:
+        text, taken = "", 0
+        for token in tokens:
+            taken += 1
+            self.left -= 1
+            if token in self.ends:
+                return Delta(self.index, text + self.rest(), taken, "stop")
+            safe, hit = self.gate.feed(self.utf8.decode(piece(token)))
+            text += safe
+            if hit:
+                return Delta(self.index, text, taken, "stop")
+            if self.left <= 0:
+                tail, hit = self.gate.feed(self.utf8.decode(b"", final=True))
+                return Delta(self.index, text + tail + self.gate.flush(), taken, "stop" if hit else "length")
+        return Delta(self.index, text, taken)
+
+    def rest(self) -> str:
+        tail, hit = self.gate.feed(self.utf8.decode(b"", final=True))
+        return tail if hit else tail + self.gate.flush()
+
+
+# ──────────────────────────────────────────────── in the engine process ──────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class Request:
+    """A submitted job inside the engine: its choices run as sequences of their own."""
+
+    job: int
+    ids: list[int]
+    sampling: Sampling
+    eos: frozenset[int]
+    siblings: list[Choice] = field(default_factory=list)  # held back until the first choice's prefill can be reused
+
+
+class EngineLoop:
+    """receive, admit, step: the life of an engine. Owns all sequence state; only its thread calls the backend."""
+
+    def __init__(self, conn: Connection, backend: Backend):
+        self.conn, self.backend = conn, backend
+        self.waiting: deque[Choice] = deque()
+        self.active: dict[int, Choice] = {}  # by seq
+        self.out: list[tuple[int, Event]] = []
+        self.dispatch: dict[str, Callable[..., None]] = {"submit": self.submit, "cancel": self.cancel}
+
+    def run(self) -> None:
+        """Until the server closes the pipe. An error in step() leaves the library in an unknown state: it ends the process."""
+        try:
+            while self.receive():
+                self.admit()
+                self.flush()  # what was taken or refused is told before a step, which may be long
+                self.step()
+                self.flush()
+        except (EOFError, OSError):
+            pass  # the server is gone, or has closed us
+
+    def flush(self) -> None:
+        if self.out:
+            self.conn.send(("events", self.out))
+            self.out = []
+
+    def receive(self) -> bool:
+        """Take what has come; block only when there is nothing else to do."""
+        idle = not self.active and not self.waiting
+        while idle or self.conn.poll():
+            kind, *arguments = self.conn.recv()
+            if kind == "close":
+                return False
+            self.dispatch[kind](*arguments)
+            idle = False
+        return True
+
+    def submit(self, job: int, prompt: Prompt, sampling: Sampling) -> None:
+        try:
+            ids, sampling = self.prepare(prompt, sampling)
+        except Refused as refusal:
+            self.out.append((job, refusal))
+            return
+        except Exception as error:
+            log.exception("engine: could not read the prompt of job %d", job)
+            self.out.append((job, EngineFailed(f"the engine could not read the prompt: {one_line(error)}")))
+            return
+        request = Request(job, ids, sampling, self.backend.eos)
+        first, *request.siblings = [Choice(request, i) for i in range(sampling.n)]
+        self.waiting.append(first)
+
+    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[list[int], Sampling]:
+        """Token ids and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
+        context = self.backend.context
+        # A message is at least one token, and no vocabulary has tokens of over 512 characters.
+        if len(prompt.messages) > context or prompt.characters() > context * 512:
+            raise too_long("the prompt", "is far longer than", context)
+        ids = self.backend.encode(prompt)
+        if not ids:
+            raise Refused("The prompt is empty.", "messages")
+        if len(ids) >= context:
+            raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
+        room = context - len(ids)
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
+            raise too_long(
+                f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they", "exceed", context
+            )
+        defaults = FALLBACK | self.backend.defaults
+        return ids, replace(
+            sampling,
+            max_tokens=sampling.max_tokens or room,
+            seed=random.getrandbits(32) if sampling.seed is None else sampling.seed,
+            **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
+        )
+
+    def admit(self) -> None:
+        while self.waiting and len(self.active) < self.backend.slots:
+            choice = self.waiting.popleft()
+            request = choice.request
+            assert request.sampling.seed is not None
+            sampling = replace(request.sampling, seed=(request.sampling.seed + choice.index) % 2**32, n=1)
+            try:
+                seq, cached = self.backend.start(request.ids, sampling)
+            except Exception as error:
+                log.exception("engine: could not start job %d", request.job)
+                self.out.append((request.job, EngineFailed(f"the engine could not start the request: {one_line(error)}")))
+                self.cancel(request.job)
+                continue
+            self.active[seq] = choice
+            if choice.index == 0:
+                self.out.append((request.job, Started(len(request.ids), cached)))
+
+    def step(self) -> None:
+        if not self.active:
+            return
+        for seq, tokens in self.backend.step():
+            choice = self.active[seq]
+            delta = choice.take(tokens, self.backend.piece)
+            self.out.append((choice.request.job, delta))
+            if delta.finish:
+                self.release(seq)
+            if choice.request.siblings:
+                self.waiting.extendleft(reversed(choice.request.siblings))
+                choice.request.siblings = []
+
+    def release(self, seq: int) -> None:
+        del self.active[seq]
+        self.backend.cancel(seq)
+
+    def cancel(self, job: int) -> None:
+        self.waiting = deque(c for c in self.waiting if c.request.job != job)
+        for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
+            self.release(seq)
+
+
+def too_long(subject: str, verb: str, context: int) -> Refused:
+    message = f"This model's context is {context} tokens, and {subject} {verb} it. Shorten the messages or lower max_tokens."
+    return Refused(message, "messages", "context_length_exceeded")
+
+
+def one_line(error: BaseException) -> str:
+    """The last line that says something: native libraries put the reason at the end of a page of context."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
+    """The engine process's main. Tells the server how the load goes, then runs the loop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches us too, but the server ends us in its own order
+    logging.basicConfig(level=log_level, format=LOG_FORMAT, stream=sys.stderr)
+    try:
+        backend = backend_class(spec.backend)(spec, lambda fraction: conn.send(("progress", fraction)))
+    except Exception as error:
+        log.debug("load failed", exc_info=True)
+        conn.send(("failed", f"{spec.path}: {one_line(error)}"))
+        return
+    info = EngineInfo(
+        backend=spec.backend,
+        library=backend.library,
+        slots=backend.slots,
+        threads=backend.threads,
+        context=backend.context,
+        cache_tokens=backend.cache_tokens,
+        fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
+    )
+    conn.send(("ready", info))
+    gc.collect()
+    gc.freeze()  # what was loaded stays: no collection walks it again between two steps
+    EngineLoop(conn, backend).run()
+    backend.close()
+
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def fingerprint(spec: EngineSpec, *settings: object) -> str:
+    """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings."""
+    files = sorted(weight_files(spec.path))
+    weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
+    text = repr((spec.backend, weights, spec.chat_template, settings))
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def weight_files(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    return [e.path for e in os.scandir(path) if e.is_file() and e.name.endswith((".gguf", ".bin", ".xml", ".safetensors"))]
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once: a second thread on a core slows a batch down."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
+                cores.add(f.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int) -> int:
+    """KV cache tokens over all slots: up to 4,096 for each, as far as a quarter of the machine's memory goes."""
+    wanted = slots * min(context, 4096)
+    if kv_bytes_per_token and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        wanted = min(wanted, max(slots * 256, memory // 4 // kv_bytes_per_token))
+    return wanted
+
+
+# ───────────────────────────────────────────── the handle in the server process ──────────────────────────────────
+
+
+class Job:
+    """A submitted request as its handler sees it. The handler takes and cancels; the reader thread puts."""
+
+    def __init__(self, engine: Engine, number: int, choices: int):
+        self.engine, self.number = engine, number
+        self.open = choices  # choices that have not finished; changed by the engine's reader thread only
+        self.running = False
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def take(self, timeout: float) -> list[Event]:
+        """All events that have come, waiting up to `timeout` seconds for the first."""
+        events: list[Event] = []
+        try:
+            events.append(self.events.get(timeout=timeout))
+            while True:
+                events.append(self.events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def cancel(self) -> None:
+        """Free the slot or the place in the queue. Harmless when the job has finished."""
+        self.engine.drop(self)
+
+
+class Engine:
+    """An engine process, and the jobs that run in it.
+
+    `on_change(engine)` is called from the reader thread when the engine has become ready, has progressed, or is dead.
+    After death `dead` holds the reason, every job has had its EngineFailed, and submit() raises it for late-comers.
+    """
+
+    def __init__(self, spec: EngineSpec, max_jobs: float, on_change: Callable[[Engine], None]):
+        self.spec, self.max_jobs, self.on_change = spec, max_jobs, on_change
+        self.info: EngineInfo | None = None
+        self.progress = 0.0
+        self.dead: str | None = None
+        self.heard = time.monotonic()  # when the engine last said anything
+        self.jobs: dict[int, Job] = {}
+        self.lock = threading.Lock()  # guards jobs and dead
+        self.numbers = itertools.count()
+        self.outbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        context = multiprocessing.get_context("spawn")
+        self.conn, child = context.Pipe()
+        self.process = context.Process(target=run_engine, args=(child, spec, log.getEffectiveLevel()), daemon=True)
+        self.process.start()
+        child.close()  # ours is the only other end now: its death is our EOF
+        self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
+        self.reader.start()
+        threading.Thread(target=self.write, name="engine-writer", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        return self.info is not None and self.dead is None
+
+    def submit(self, prompt: Prompt, sampling: Sampling) -> Job:
+        with self.lock:
+            if self.dead is not None:
+                raise EngineFailed(self.dead)
+            if len(self.jobs) >= self.max_jobs:
+                raise QueueFull
+            job = Job(self, next(self.numbers), sampling.n)
+            self.jobs[job.number] = job
+        self.outbox.put(("submit", job.number, prompt, sampling))
+        return job
+
+    def drop(self, job: Job) -> None:
+        with self.lock:
+            known = self.jobs.pop(job.number, None)
+        if known:
+            self.outbox.put(("cancel", job.number))
+
+    def queue_depth(self) -> int:
+        """Jobs that wait for a slot."""
+        with self.lock:
+            return sum(not job.running for job in self.jobs.values())
+
+    def write(self) -> None:
+        """The only sender: a handler must not wait for an engine that is inside a long step."""
+        try:
+            while True:
+                self.conn.send(self.outbox.get())
+        except (OSError, ValueError):
+            pass  # dead: the reader tells
+
+    def read(self) -> None:
+        reason = f"{self.spec.path}: the engine process ended"
+        try:
+            while True:
+                kind, payload = self.conn.recv()
+                self.heard = time.monotonic()
+                if kind == "events":
+                    self.deliver(payload)
+                elif kind == "failed":
+                    reason = payload
+                else:
+                    if kind == "ready":
+                        self.info, reason = payload, "the engine process ended"
+                    self.progress = payload if kind == "progress" else 1.0
+                    self.on_change(self)
+        except (EOFError, OSError):
+            pass
+        self.process.join(10)
+        if self.process.exitcode:
+            reason += f" ({describe_exit(self.process.exitcode)})"
+        with self.lock:
+            self.dead = reason
+            jobs, self.jobs = list(self.jobs.values()), {}
+        for job in jobs:
+            job.events.put(EngineFailed(reason))
+        self.on_change(self)
+
+    def deliver(self, events: list[tuple[int, Event]]) -> None:
+        for number, event in events:
+            job = self.jobs.get(number)
+            if job is None:
+                continue  # cancelled; the engine had not heard of it yet
+            if isinstance(event, Delta):
+                job.open -= event.finish is not None
+            elif isinstance(event, Started):
+                job.running = True
+            else:
+                job.open = 0
+            if not job.open:
+                with self.lock:
+                    self.jobs.pop(number, None)
+            job.events.put(event)
+
+    def kill(self) -> None:
+        """For an engine that hangs. Its jobs fail as in a crash; when this returns no job can be submitted to it any more."""
+        self.process.kill()
+        self.reader.join(5)
+
+    def close(self) -> None:
+        """End the process: politely, then not."""
+        self.outbox.put(("close",))
+        self.process.join(3)
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join(2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(5)
+
+
+def describe_exit(code: int) -> str:
+    if code < 0:
+        return f"signal {-code}, {signal.strsignal(-code)}" if hasattr(signal, "strsignal") else f"signal {-code}"
+    return f"exit status {code}"
+
+
+# ─────────────────────────────────────────────────── model files ─────────────────────────────────────────────────
+
+GGUF_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+def read_gguf(path: str) -> dict[str, Any]:
+    """Scalars and strings of a GGUF file's metadata; arrays (the vocabulary) are skipped.
+
+    Format: the GGUF specification of the ggml project, versions 2 and 3. Raises ValueError for what is not one.
+    """
+    with open(path, "rb") as f:
+
+        def unpack(fmt: str) -> Any:
+            data = f.read(struct.calcsize(fmt))
+            if len(data) < struct.calcsize(fmt):
+                raise ValueError("the file is cut off inside its header")
+            return struct.unpack(fmt, data)[0]
+
+        def string() -> str:
+            size = unpack("<Q")
+            if size > 1 << 24:
+                raise ValueError("the header is damaged")
+            return f.read(size).decode("utf-8", "replace")
+
+        def skip_array() -> None:
+            kind, count = unpack("<I"), unpack("<Q")
+            if kind == GGUF_STRING:
+                for _ in range(count):
+                    f.seek(unpack("<Q"), os.SEEK_CUR)
+            elif kind in GGUF_SCALARS:
+                f.seek(count * struct.calcsize(GGUF_SCALARS[kind]), os.SEEK_CUR)
+            else:
+                raise ValueError(f"the header has an array of unknown type {kind}")
+
+        if f.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        version, _tensors, count = unpack("<I"), unpack("<Q"), unpack("<Q")
+        if version not in (2, 3):
+            raise ValueError(f"GGUF version {version} is not supported")
+        meta: dict[str, Any] = {}
+        for _ in range(count):
+            key, kind = string(), unpack("<I")
+            if kind == GGUF_ARRAY:
+                skip_array()
+            elif kind == GGUF_STRING:
+                meta[key] = string()
+            elif kind in GGUF_SCALARS:
+                meta[key] = unpack(GGUF_SCALARS[kind])
+            else:
+                raise ValueError(f"the header has a value of unknown type {kind}")
+        return meta
+
+
+def gguf_shape(meta: dict[str, Any]) -> tuple[int, int]:
+    """(training context in tokens, bytes of fp16 KV cache per token; 0 where the header does not say)."""
+    arch = meta.get("general.architecture", "")
+
+    def get(name: str) -> int:
+        return int(meta.get(f"{arch}.{name}", 0))
+
+    heads = get("attention.head_count") or 1
+    head_dim = get("attention.key_length") or get("embedding_length") // heads
+    return get("context_length"), get("block_count") * (get("attention.head_count_kv") or heads) * head_dim * 2 * 2
+
+
+def own_sampling(values: dict[str, Any]) -> dict[str, float]:
+    """The sampling that a model's makers recommend, from generation_config.json or GGUF's general.sampling.*."""
+    gguf = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
+    found = {name: values.get(name, values.get(f"general.sampling.{key}")) for name, key in gguf.items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and value >= 0}
+
+
+class ChatTemplate:
+    """A model's Jinja chat template, rendered as Hugging Face's `apply_chat_template` does, in a sandbox."""
+
+    def __init__(self, source: str | None, bos: str, eos: str):
+        self.template = None
+        self.tokens = {"bos_token": bos, "eos_token": eos}
+        self.has_developer = source is not None and "developer" in source
+        if source:
+            from jinja2.ext import loopcontrols
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+            env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+            env.globals["strftime_now"] = time.strftime
+            env.globals["raise_exception"] = self.refuse
+            self.template = env.from_string(source)
+
+    @staticmethod
+    def refuse(message: str) -> None:
+        raise Refused(f"The model's chat template refuses these messages: {message}", "messages")
+
+    def render(self, prompt: Prompt) -> str:
+        if self.template is None:
+            raise Refused("This model has no chat template: start the server with --chat-template FILE.", "messages")
+        messages = [dict(m) for m in prompt.messages]
+        if not self.has_developer:  # OpenAI's newer name for the system role; few templates know it
+            for message in messages:
+                if message["role"] == "developer":
+                    message["role"] = "system"
+        try:
+            return str(self.template.render(messages=messages, add_generation_prompt=True, **self.tokens))
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"The model's chat template cannot render these messages: {one_line(error)}", "messages") from None
+
+
+# ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
+
+
+class OpenVino:
+    """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU.
+
+    It knows prefix reuse, but not how much of a prompt was reused: cached tokens are None.
+    """
+
+    LIBRARY: ClassVar = "openvino_genai"
+    INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
+    BLOCK = 32  # tokens per KV block on CPU
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        import numpy
+        import openvino
+
+        self.genai: Any = importlib.import_module(self.LIBRARY)
+        self.library = installed(self.INSTALL)
+        tensor: Any = openvino.Tensor
+        self.tensor: Callable[[list[int]], Any] = lambda ids: tensor(numpy.array([ids], dtype=numpy.int64))
+        self.slots, self.threads = spec.slots, spec.threads or physical_cores()
+        if os.path.isfile(spec.path):
+            meta = read_gguf(spec.path)
+            context, kv_bytes = gguf_shape(meta)
+            self.defaults = own_sampling(meta)
+        else:
+            context = read_json(spec.path, "config.json").get("max_position_embeddings") or 0
+            kv_bytes = 0
+            self.defaults = own_sampling(read_json(spec.path, "generation_config.json"))
+        self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context or 4096, kv_bytes)
+        scheduler = self.genai.SchedulerConfig()
+        scheduler.max_num_batched_tokens = 256  # a step of prefill stays short, so the others keep decoding
+        scheduler.max_num_seqs = spec.slots
+        scheduler.num_kv_blocks = -(-self.cache_tokens // self.BLOCK)
+        scheduler.enable_prefix_caching = True
+        progress(0.0)
+        self.pipe = self.genai.ContinuousBatchingPipeline(
+            spec.path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": self.threads}, {}
+        )
+        self.context = min(context or self.cache_tokens, self.cache_tokens)
+        self.tokenizer = self.pipe.get_tokenizer()
+        self.template = ChatTemplate(
+            spec.chat_template or self.tokenizer.get_original_chat_template() or self.tokenizer.chat_template,
+            self.tokenizer.get_bos_token(),
+            self.tokenizer.get_eos_token(),
+        )
+        config = self.pipe.get_config()
+        self.eos_id = self.tokenizer.get_eos_token_id()
+        self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
+        self.pieces = self.vocabulary()
+        self.handles: dict[int, Any] = {}
+        self.numbers = itertools.count()
+
+    def vocabulary(self) -> list[bytes]:
+        """UTF-8 bytes of each token; special tokens are empty. The library's decode() costs 40 us a call, this nothing."""
+        by_id = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
+        ids = range(max(by_id) + 1)
+        shown, every = (self.tokenizer.decode([[i] for i in ids], skip_special_tokens=skip) for skip in (True, False))
+        spm = b"<0x0A>" in by_id.values()  # SentencePiece: U+2581 is a space, <0xNN> a byte
+
+        def piece(i: int) -> bytes:
+            raw: bytes = by_id.get(i, b"")
+            if shown[i] != every[i]:
+                return b""
+            if spm and len(raw) == 6 and raw.startswith(b"<0x"):
+                return bytes([int(raw[3:5], 16)])
+            return raw.replace("\u2581".encode(), b" ") if spm else raw
+
+        return [piece(i) for i in ids]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        text = self.template.render(prompt)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+        return ids
+
+    def piece(self, token: int) -> bytes:
+        return self.pieces[token]
+
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        config = self.genai.GenerationConfig()
+        config.apply_chat_template = False
+        config.max_new_tokens = sampling.max_tokens
+        config.eos_token_id = self.eos_id
+        config.stop_token_ids = set(self.eos) | set(sampling.stop_token_ids)
+        config.presence_penalty = sampling.presence_penalty
+        config.frequency_penalty = sampling.frequency_penalty
+        config.repetition_penalty = sampling.repetition_penalty
+        if sampling.temperature:
+            config.do_sample = True
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            config.min_p = min(sampling.min_p, 0.999999)  # the library refuses 1
+            config.rng_seed = sampling.seed
+            if sampling.top_k:
+                config.top_k = sampling.top_k
+        seq = next(self.numbers)
+        self.handles[seq] = self.pipe.add_request(seq, self.tensor(ids), config)
+        return seq, None
+
+    def step(self) -> list[tuple[int, Sequence[int]]]:
+        self.pipe.step()
+        out: list[tuple[int, Sequence[int]]] = []
+        for seq, handle in self.handles.items():
+            if handle.can_read():
+                outputs = handle.read()
+                if not outputs:  # status IGNORED: the scheduler found that it can never fit
+                    raise RuntimeError("OpenVINO ran out of KV cache; start with a larger --cache-size")
+                out.extend((seq, output.generated_ids) for output in outputs.values())
+        return out
+
+    def cancel(self, seq: int) -> None:
+        handle = self.handles.pop(seq)
+        if handle.get_status() == self.genai.GenerationStatus.RUNNING:
+            handle.cancel()
+            if not self.handles:
+                self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
+
+    def close(self) -> None:
+        del self.pipe
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """A model folder's optional JSON file; {} where there is none."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            data = json.load(f)
+        return data if isinstance(data, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+# ───────────────────────────────────────────────────── llama.cpp ─────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class LlamaSlot:
+    """One sequence of the KV cache. `kv` are the tokens it holds, kept after the end for the next prompt like it."""
+
+    seq: int
+    kv: list[int] = field(default_factory=list)
+    todo: list[int] = field(default_factory=list)  # tokens to be decoded next: the rest of the prompt, or the one sampled
+    sampler: Any = None  # the sampler chain; None: the slot is free
+    used: int = 0  # when it was last started: the least recent is overwritten first
+
+
+class LlamaCpp:
+    """llama.cpp by its low-level Python binding: any GGUF file.
+
+    One llama_batch per step over all sequences; a long prompt is decoded in pieces so that the others keep going.
+    Each slot has cache_tokens / slots tokens of KV cache of its own (a unified cache attends over everyone's cells).
+    """
+
+    LIBRARY: ClassVar = "llama_cpp"
+    INSTALL: ClassVar = "llama-cpp-python==0.3.36"
+    BATCH = 512  # tokens per step when nobody waits for the next token …
+    BATCH_BUSY = 256  # … and when somebody does
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        self.lib: Any = importlib.import_module(self.LIBRARY)
+        lib = self.lib
+        self.library = installed(self.INSTALL)
+        self.last_error = ""
+        self.keep: list[Any] = []  # callbacks: llama.cpp crashes when Python has collected one
+        self.keep.append(lib.llama_log_callback(self.on_log))
+        lib.llama_log_set(self.keep[-1], ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        self.slots, self.threads = spec.slots, spec.threads or physical_cores()
+        params = lib.llama_model_default_params()
+
+        def on_progress(fraction: float, _: Any) -> bool:
+            progress(fraction)
+            return True  # go on loading
+
+        params.progress_callback = lib.llama_progress_callback(on_progress)
+        self.keep.append(params.progress_callback)
+        self.model = lib.llama_model_load_from_file(spec.path.encode(), params)
+        if not self.model:
+            raise RuntimeError(self.last_error or "llama.cpp cannot load it")
+        self.vocab = lib.llama_model_get_vocab(self.model)
+        self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
+        meta = read_gguf(spec.path)
+        self.defaults = own_sampling(meta)
+        trained = lib.llama_model_n_ctx_train(self.model)
+        wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, gguf_shape(meta)[1])
+        self.ctx = self.make_context(min(wanted // spec.slots, trained))
+        self.memory = lib.llama_get_memory(self.ctx)
+        self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
+        self.cache_tokens = lib.llama_n_ctx(self.ctx)
+        self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
+        self.ring = [LlamaSlot(i) for i in range(spec.slots)]
+        self.clock = itertools.count(1)
+        self.eos = frozenset(t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, t))
+        self.buffer = ctypes.create_string_buffer(4096)
+        self.template = ChatTemplate(
+            spec.chat_template or meta.get("tokenizer.chat_template"),
+            self.token_text(lib.llama_vocab_bos(self.vocab)),
+            self.token_text(lib.llama_vocab_eos(self.vocab)),
+        )
+
+    def make_context(self, per_slot: int) -> Any:
+        params = self.lib.llama_context_default_params()
+        params.n_ctx = max(per_slot, 256) * self.slots
+        params.n_batch = params.n_ubatch = self.BATCH
+        params.n_seq_max = self.slots
+        params.n_threads = params.n_threads_batch = self.threads
+        params.kv_unified = False
+        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.no_perf = True
+        ctx = self.lib.llama_init_from_model(self.model, params)
+        if not ctx:
+            raise RuntimeError(f"no memory for {params.n_ctx} tokens of KV cache: lower --cache-size ({self.last_error})")
+        return ctx
+
+    def on_log(self, level: int, text: bytes, _: Any) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level == 4 and line:  # GGML_LOG_LEVEL_ERROR; the first says why, the rest that it failed
+            self.last_error = self.last_error or line
+        log.debug("llama.cpp: %s", line)
+
+    def token_text(self, token: int) -> str:
+        text: bytes = self.lib.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
+        return text.decode("utf-8", "replace")
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenize(self.template.render(prompt))
+
+    def tokenize(self, text: str) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        ids = (self.lib.llama_token * room)()
+        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, False, True)
+        if count < 0:
+            raise RuntimeError("llama_tokenize failed")
+        return list(ids[:count])
+
+    @functools.cache  # noqa: B019 (one backend lives as long as its process)
+    def piece(self, token: int) -> bytes:
+        size = self.lib.llama_token_to_piece(self.vocab, token, self.buffer, len(self.buffer), 0, False)
+        return bytes(self.buffer.raw[: max(size, 0)])
+
+    # A sequence starts in the free slot whose KV cache shares the longest beginning with its prompt.
+
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        limit = len(ids) - 1  # the last token is always decoded: its logits are what we are after
+        free = [slot for slot in self.ring if slot.sampler is None]
+        slot = max(free, key=lambda s: (shared(s.kv, ids, limit), -s.used))
+        common = shared(slot.kv, ids, limit)
+        other = max(self.ring, key=lambda s: shared(s.kv, ids, limit))
+        if shared(other.kv, ids, limit) >= common + 32:  # a copy costs about as much as decoding a few tokens
+            self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
+            self.lib.llama_memory_seq_cp(self.memory, other.seq, slot.seq, -1, -1)
+            slot.kv, common = list(other.kv), shared(other.kv, ids, limit)
+        if not self.lib.llama_memory_seq_rm(self.memory, slot.seq, common, -1):
+            self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)  # recurrent state cannot be cut: begin anew
+            common = 0
+        slot.kv, slot.todo = ids[:common], ids[common:]
+        slot.sampler = self.make_sampler(ids, sampling)
+        slot.used = next(self.clock)
+        return slot.seq, common
+
+    def make_sampler(self, ids: list[int], s: Sampling) -> Any:
+        """Penalties, temperature, top_k, top_p, min_p, in the order of vLLM and transformers (llama.cpp's own cuts first)."""
+        lib = self.lib
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        everything = len(ids) + (s.max_tokens or 0)
+        if s.repetition_penalty != 1:
+            repetition = lib.llama_sampler_init_penalties(self.n_vocab, everything, s.repetition_penalty, 0.0, 0.0)
+            for token in ids:
+                lib.llama_sampler_accept(repetition, token)
+            lib.llama_sampler_chain_add(chain, repetition)
+        if s.presence_penalty or s.frequency_penalty:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(
+                self.n_vocab, everything, 1.0, s.frequency_penalty, s.presence_penalty))  # fmt: skip
+        if not s.temperature:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+            return chain
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(s.temperature))
+        if s.top_k:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(s.top_k))
+        if s.top_p is not None and s.top_p < 1:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(s.top_p, 1))
+        if s.min_p:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(s.min_p, 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(s.seed))
+        return chain
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        batch, ready = self.batch, []
+        busy = [slot for slot in self.ring if slot.sampler is not None]
+        decoding = [slot for slot in busy if len(slot.todo) == 1]
+        prefilling = sorted((slot for slot in busy if len(slot.todo) > 1), key=lambda s: s.used)
+        room = self.BATCH_BUSY if decoding else self.BATCH
+        room = max(room, len(decoding) + 1)
+        at = 0
+        for slot in decoding + prefilling:
+            piece = slot.todo[:room]
+            if not piece:
+                break
+            position = len(slot.kv)
+            for i, token in enumerate(piece):
+                batch.token[at] = token
+                batch.pos[at] = position + i
+                batch.n_seq_id[at] = 1
+                batch.seq_id[at][0] = slot.seq
+                batch.logits[at] = 0
+                at += 1
+            room -= len(piece)
+            slot.kv += piece
+            slot.todo = slot.todo[len(piece) :]
+            if not slot.todo:
+                batch.logits[at - 1] = 1
+                ready.append((slot, at - 1))
+        batch.n_tokens = at
+        status = self.lib.llama_decode(self.ctx, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
+        out = []
+        for slot, index in ready:
+            token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
+            slot.todo = [token]
+            out.append((slot.seq, [token]))
+        return out
+
+    def cancel(self, seq: int) -> None:
+        slot = self.ring[seq]
+        self.lib.llama_sampler_free(slot.sampler)
+        slot.sampler, slot.todo = None, []
+
+    def close(self) -> None:
+        self.lib.llama_free(self.ctx)
+        self.lib.llama_model_free(self.model)
+
+
+def shared(a: list[int], b: list[int], limit: int) -> int:
+    """Length of the common beginning of two token lists, at most `limit`."""
+    end = min(len(a), len(b), limit)
+    if a[:end] == b[:end]:
+        return end
+    return next(i for i in range(end) if a[i] != b[i])
+
+
+BACKENDS: dict[str, type[Backend]] = {"openvino": OpenVino, "llamacpp": LlamaCpp}
+
+
+def backend_class(name: str) -> type[Backend]:
+    """By its name in BACKENDS, or as "module:Class" for a binding of your own."""
+    if ":" not in name:
+        return BACKENDS[name]
+    module, _, attribute = name.partition(":")
+    found: type[Backend] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def installed(requirement: str) -> str:
+    name = requirement.split("==")[0]
+    return f"{name} {importlib.metadata.version(name)}"
+
+
+def missing_library(name: str) -> str | None:
+    """None when the backend's library is installed, else one line that says what brings it. Imports nothing."""
+    backend = BACKENDS[name]
+    if importlib.util.find_spec(backend.LIBRARY):
+        return None
+    return f"backend {name} needs {backend.LIBRARY}: pip install {backend.INSTALL}"

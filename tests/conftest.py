@@ -1,0 +1,119 @@
+"""What the tests share: a served model, scripted or real, on a free port."""
+
+import contextlib
+import http.client
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import model_init  # noqa: E402
+import openai_api_endpoint as endpoint  # noqa: E402
+from backends import EngineSpec, missing_library  # noqa: E402
+
+
+class Served:
+    """A running server: `request` is one request on a connection of its own."""
+
+    def __init__(self, server, models, folder=None):
+        self.server, self.models, self.folder = server, models, folder
+        self.host, self.port = "127.0.0.1", server.server_port
+        self.url = f"http://{self.host}:{self.port}"
+
+    def request(self, method, path, body=None, headers=None, timeout=120):
+        conn = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        conn.request(method, path, data, headers or {})
+        reply = conn.getresponse()
+        raw = reply.read()
+        conn.close()
+        is_json = reply.headers.get("Content-Type") == "application/json"
+        return reply.status, json.loads(raw) if is_json and raw else raw, reply.headers
+
+    def chat(self, content, **fields):
+        headers = fields.pop("headers", None)
+        return self.request(
+            "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **fields}, headers
+        )
+
+    def stream(self, content, **fields):
+        """The parsed events of a stream, without the [DONE] that must end it."""
+        status, raw, _ = self.chat(content, stream=True, **fields)
+        assert status == 200, raw
+        return sse(raw)
+
+    def wait_ready(self, ready=True):
+        until(lambda: self.models.ready == ready)
+
+    def script(self, name, on=True):
+        """Put a file into the scripted backend's folder, or take it away."""
+        path = Path(self.folder) / name
+        path.touch() if on else path.unlink(missing_ok=True)
+
+    def calls(self):
+        log = Path(self.folder) / "log"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+def sse(raw):
+    events = raw.decode().split("\n\n")
+    assert events[-1] == "" and events[-2] == "data: [DONE]", events[-3:]
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+def until(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def serve(model, spec, max_jobs=40, ready=True, folder=None, **options):
+    models = model_init.Models(model, spec, max_jobs, 60)
+    server = endpoint.Server(("127.0.0.1", 0), models, **options)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    served = Served(server, models, folder)
+    try:
+        models.load()
+        if ready:
+            served.wait_ready()
+        yield served
+    finally:
+        server.shutdown()
+        server.drain(5)
+        models.close()
+
+
+@contextlib.contextmanager
+def serve_scripted(folder, slots=2, queue=2, **options):
+    model = model_init.Model("scripted", Path(folder), "gguf", 1234)
+    with serve(model, EngineSpec("scripted:Scripted", str(folder), slots), slots + queue, folder=folder, **options) as served:
+        yield served
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    with serve_scripted(tmp_path) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return model_init.demo_model()
+
+
+@pytest.fixture(scope="session", params=["openvino", "llamacpp"])
+def served(request, demo):
+    """The demo model on each engine that is installed."""
+    if lack := missing_library(request.param):
+        pytest.skip(lack)
+    with serve(demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384)) as served:
+        yield served

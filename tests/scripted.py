@@ -1,0 +1,69 @@
+"""A scripted backend: a token is a byte, and the prompt says what is to happen. For scheduling and faults."""
+
+import os
+import time
+
+SLOTS, CONTEXT, EOS = 2, 200, 0
+
+
+class Scripted:
+    """`echo TEXT` says TEXT and ends; `forever` says x; `die`, `raise`, `hang` do so in the third step; `badstart`, `badencode`.
+
+    In the folder spec.path: while a file `hold` exists no step is made; every call is appended to `log`.
+    """
+
+    def __init__(self, spec, progress):
+        self.folder, self.slots, self.threads, self.context, self.cache_tokens = spec.path, spec.slots, 1, CONTEXT, 4096
+        self.eos, self.defaults, self.library = frozenset([EOS]), {}, "scripted 1"
+        self.live, self.next = {}, 0
+        progress(0.5)
+        if os.path.exists(f"{self.folder}/fail"):
+            raise RuntimeError("the script says: no")
+        while os.path.exists(f"{self.folder}/slow"):
+            time.sleep(0.005)
+        self.note("load")
+
+    def note(self, text):
+        with open(f"{self.folder}/log", "a") as f:
+            f.write(text + "\n")
+
+    def encode(self, prompt):
+        text = prompt.messages[-1]["content"]
+        if text == "badencode":
+            raise RuntimeError("cannot encode")
+        return list(text.encode())
+
+    def piece(self, token):
+        return bytes([token])
+
+    def start(self, ids, sampling):
+        text = bytes(ids).decode()
+        if text == "badstart":
+            raise RuntimeError("cannot start")
+        self.next += 1
+        verb, _, words = text.partition(" ")
+        script = iter([*words.encode(), EOS]) if verb == "echo" else iter(lambda: ord("x"), None)
+        self.live[self.next] = (verb, script, iter(range(10**9)))
+        self.note(f"start {self.next} {text} seed={sampling.seed}")
+        return self.next, len(text) % 7
+
+    def step(self):
+        while os.path.exists(f"{self.folder}/hold"):
+            time.sleep(0.002)
+        time.sleep(0.002)
+        for verb, _, count in self.live.values():
+            if next(count) == 2 and verb in ("die", "raise", "hang"):
+                self.note(verb)
+                if verb == "die":
+                    os.kill(os.getpid(), 9)
+                if verb == "hang":
+                    time.sleep(1000)
+                raise RuntimeError("the script raises")
+        return [(seq, [next(script)]) for seq, (_, script, _) in self.live.items()]
+
+    def cancel(self, seq):
+        self.live.pop(seq)
+        self.note(f"cancel {seq}")
+
+    def close(self):
+        self.note("close")

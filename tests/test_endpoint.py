@@ -1,0 +1,431 @@
+"""Real sockets: statuses, streams, framing, a peer that leaves, a reader that stalls, an engine that dies."""
+
+import json
+import re
+import socket
+import threading
+import time
+
+import pytest
+from conftest import serve_scripted, sse, until
+
+CHAT = "/v1/chat/completions"
+
+
+def body(content, **fields):
+    return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
+
+
+def raw(served, data, timeout=10):
+    """Send bytes, read until the server closes or falls silent."""
+    with socket.create_connection((served.host, served.port), timeout=timeout) as sock:
+        sock.sendall(data)
+        sock.settimeout(1)
+        out = b""
+        try:
+            while block := sock.recv(65536):
+                out += block
+        except TimeoutError:
+            pass
+        return out
+
+
+def post(data, *headers, version="1.1", path=CHAT):
+    lines = [f"POST {path} HTTP/{version}", "Host: x", *headers]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode() + data
+
+
+def sized(data, *headers, **kw):
+    return post(data, f"Content-Length: {len(data)}", *headers, **kw)
+
+
+def idle(served):
+    until(lambda: not served.models.engine.jobs and not served.server.busy.count)
+
+
+# ── routes ──
+
+
+def test_models(scripted):
+    status, listed, _ = scripted.request("GET", "/v1/models")
+    card = {
+        "id": "scripted",
+        "object": "model",
+        "created": 1234,
+        "owned_by": "local",
+        "permission": [],
+        "root": "scripted",
+        "parent": None,
+    }
+    assert (status, listed) == (200, {"object": "list", "data": [card | {"status": "loaded", "loaded": True}]})
+    assert scripted.request("GET", "/models/scripted")[1] == listed["data"][0]
+    status, error, _ = scripted.request("GET", "/v1/models/org/other")
+    assert (status, error["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/health", "/health/", "/health?x=1", "http://x/health"])
+def test_health(scripted, path):
+    status, health, headers = scripted.request("GET", path)
+    assert (status, health["status"]) == (200, "ok")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", health["timestamp"])
+    assert headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_healthz_and_root(scripted):
+    assert scripted.request("GET", "/v1/healthz")[1] == {
+        "status": "ok",
+        "loaded": True,
+        "model_id": "scripted",
+        "inference_backend": "scripted:Scripted",
+        "queue_depth": 0,
+        "switch_in_progress": False,
+        "switch_target_model": None,
+    }
+    assert scripted.request("GET", "/")[1]["model"] == "scripted"
+    assert scripted.request("GET", "/v1")[1]["model"] == "scripted"
+
+
+def test_options_404_405(scripted):
+    status, _, headers = scripted.request("OPTIONS", "/anything")
+    assert (status, headers["Access-Control-Allow-Origin"]) == (204, "*")
+    status, error, _ = scripted.request("GET", "/v1/nothing")
+    assert (status, error["error"]["type"]) == (404, "invalid_request_error")
+    status, error, headers = scripted.request("GET", CHAT)
+    assert (status, headers["Allow"]) == (405, "POST, OPTIONS")
+    assert scripted.request("DELETE", "/v1/models")[0] == 405
+    assert scripted.request("HEAD", "/health")[:2] == (200, b"")
+
+
+# ── answers ──
+
+
+def test_reply(scripted):
+    status, reply, _ = scripted.chat("echo Hé!", model="any name")
+    assert status == 200
+    assert reply["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hé!", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert reply["model"] == "any name"
+    assert reply["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 5,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    assert scripted.chat("echo x")[1]["model"] == "scripted"
+
+
+def test_compact_json(scripted):
+    data = body("echo hi")
+    assert b'"content":"hi"' in raw(scripted, sized(data, "Connection: close"))
+
+
+def test_stream(scripted):
+    status, data, headers = scripted.chat("echo abc", stream=True, stream_options={"include_usage": True})
+    assert (status, headers["Content-Type"]) == (200, "text/event-stream")
+    assert (headers["Cache-Control"], headers["X-Accel-Buffering"]) == ("no-cache", "no")
+    first, *middle, last, usage = sse(data)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert "".join(c["choices"][0]["delta"]["content"] for c in middle) == "abc"
+    assert all(c["choices"][0]["finish_reason"] is None and c["usage"] is None for c in [first, *middle])
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 4)
+    assert len({(c["id"], c["created"], c["model"]) for c in [first, *middle, last, usage]}) == 1
+
+
+def test_stream_of_three_choices(scripted):
+    chunks = scripted.stream("echo abc", n=3)
+    assert [c["choices"][0]["index"] for c in chunks if "role" in c["choices"][0]["delta"]] == [0, 1, 2]
+    for i in range(3):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == i]
+        assert "".join(c["delta"].get("content", "") for c in mine) == "abc"
+        assert [c["finish_reason"] for c in mine][-1] == "stop"
+    assert all("usage" not in c for c in chunks)
+
+
+def test_stop_and_max_tokens(scripted):
+    assert scripted.chat("echo one END two", stop=["END"])[1]["choices"][0]["message"]["content"] == "one "
+    reply = scripted.chat("echo abcdef", max_tokens=3)[1]
+    assert (reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"]) == ("abc", "length")
+    assert scripted.chat("echo abc", stop=ord("b"))[1]["choices"][0]["message"]["content"] == "a"
+
+
+def test_errors_name_the_field(scripted):
+    status, error, _ = scripted.chat("echo x", temperature=3)
+    assert (status, error["error"]) == (
+        400,
+        {
+            "message": "'temperature' must be a number from 0 to 2.",
+            "type": "invalid_request_error",
+            "param": "temperature",
+            "code": None,
+        },
+    )
+    status, error, _ = scripted.chat("x" * 300, stream=True)
+    assert (status, error["error"]["code"]) == (400, "context_length_exceeded")
+    assert scripted.chat("badencode", stream=True)[0] == 500
+
+
+def test_ignored_fields_are_named(scripted, caplog):
+    for _ in range(2):
+        status, _, headers = scripted.chat("echo x", bogus=1, **{"other\r\nX: y": 2})
+        assert (status, headers["X-Ignored-Fields"]) == (200, "bogus, other\\r\\nX: y")
+    assert len([r for r in caplog.records if "bogus" in r.getMessage()]) == 1
+
+
+def test_api_key(tmp_path):
+    with serve_scripted(tmp_path, api_key="secret") as served:
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer wrong"}, 401),
+            ({"Authorization": "Bearer secret"}, 200),
+            ({"X-Api-Key": "secret"}, 200),
+            ({"X-Api-Key": "sécret"}, 401),
+        ):
+            assert served.chat("echo x", headers=headers)[0] == status
+        assert served.request("GET", "/v1/models")[1]["error"]["type"] == "authentication_error"
+        assert served.request("GET", "/health")[0] == 200
+
+
+def test_any_key_is_fine_when_none_is_set(scripted):
+    assert scripted.chat("echo x", headers={"Authorization": "Bearer whatever"})[0] == 200
+
+
+# ── HTTP framing ──
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def statuses(out):
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3})", out)]
+
+
+def test_pipelined_requests_each_get_their_reply(scripted):
+    good, bad = sized(body("echo one")), sized(b"{")
+    assert statuses(raw(scripted, good + bad + good + post(b"") + good)) == [200, 400, 200, 411, 200]
+
+
+def test_stream_keeps_the_connection(scripted):
+    out = raw(scripted, sized(body("echo one", stream=True)) + sized(body("echo two")))
+    assert statuses(out) == [200, 200]
+    assert b"Transfer-Encoding: chunked" in out
+    assert b"0\r\n\r\nHTTP/1.1 200" in out
+
+
+def test_http_10(scripted):
+    out = raw(scripted, sized(body("echo abc", stream=True), version="1.0"))
+    assert b"Connection: close" in out
+    assert b"chunked" not in out
+    assert out.endswith(b"data: [DONE]\n\n")
+    assert statuses(raw(scripted, b"GET /health HTTP/1.0\r\n\r\n")) == [200]
+    out = raw(scripted, b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2)
+    assert statuses(out) == [200, 200]
+    assert out.count(b"Connection: keep-alive") == 2
+
+
+def chunked(data, size=7):
+    pieces = [data[i : i + size] for i in range(0, len(data), size)]
+    return b"".join(b"%x;ext=1\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\nTrailer: x\r\n\r\n"
+
+
+def test_chunked_body(scripted):
+    request = post(chunked(body("echo abc")), "Transfer-Encoding: chunked")
+    out = raw(scripted, request * 2)
+    assert statuses(out) == [200, 200]
+    assert out.count(b'"content":"abc"') == 2
+
+
+def test_expect_continue(scripted):
+    out = raw(scripted, sized(body("echo abc"), "Expect: 100-continue"))
+    assert statuses(out) == [100, 200]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (post(b"{}", "Content-Length: 2", "Transfer-Encoding: chunked"), 400),
+        (post(b"{}", "Content-Length: 2", "Content-Length: 3"), 400),
+        (post(b"{}", "Content-Length: -1"), 400),
+        (post(b"{}", "Content-Length: 1e3"), 400),
+        (post(b"{}", "Content-Length: +2"), 400),
+        (post(b"{}", "Transfer-Encoding: gzip"), 400),
+        (post(b"zz\r\n", "Transfer-Encoding: chunked"), 400),
+        (post(b"2\r\n{}XX0\r\n\r\n", "Transfer-Encoding: chunked"), 400),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: x\r\n" * 200 + b"\r\n", 431),
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /health HTTP/9.9\r\n\r\n", 505),
+        (sized(b"", "Content-Length: 99999999999"), 400),
+        (post(b"", "Content-Length: 99999999999"), 413),
+        (post(b"fffffff\r\n", "Transfer-Encoding: chunked"), 413),
+    ],
+)
+def test_bad_framing_gets_one_error_and_the_end(scripted, request_bytes, status):
+    out = raw(scripted, request_bytes + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert statuses(out) == [status]
+    assert b"Connection: close" in out
+    assert json.loads(out.split(b"\r\n\r\n", 1)[1])["error"]["message"]
+
+
+def test_a_refused_body_does_not_reset_the_connection(tmp_path):
+    with serve_scripted(tmp_path, max_body=1000) as served:
+        big = body("x" * 3_000_000)
+        assert statuses(raw(served, sized(big))) == [413]
+        assert served.chat("x" * 900)[0] == 400  # within the limit, and too long for the context
+
+
+def test_absolute_form(scripted):
+    assert statuses(raw(scripted, b"GET http://x:1/v1/models HTTP/1.1\r\nHost: x\r\n\r\n")) == [200]
+
+
+# ── faults ──
+
+
+def leave_after(served, data, wait):
+    """Send a request, wait for `wait` in the reply (or just a moment), and leave."""
+    sock = socket.create_connection((served.host, served.port))
+    sock.sendall(sized(data))
+    if wait:
+        seen = b""
+        while wait not in seen:
+            seen += sock.recv(65536)
+    return sock
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(scripted, stream):
+    sock = leave_after(scripted, body("forever", stream=stream), b"content" if stream else b"")
+    until(lambda: scripted.models.running() == 1)
+    sock.close()
+    idle(scripted)
+    until(lambda: "cancel 1" in scripted.calls())
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place(scripted):
+    socks = [leave_after(scripted, body("forever"), b"") for _ in range(2)]
+    until(lambda: sum(line.startswith("start") for line in scripted.calls()) == 2)
+    scripted.script("hold")
+    socks += [leave_after(scripted, body("echo a"), b"") for _ in range(2)]
+    until(lambda: scripted.models.running() == 4)
+    status, error, headers = scripted.chat("echo b")
+    assert (status, error["error"]["type"], headers["Retry-After"]) == (429, "rate_limit_error", "1")
+    assert scripted.chat("echo b", stream=True)[0] == 429
+    assert scripted.request("GET", "/healthz")[1]["queue_depth"] == 2
+    for sock in socks:
+        sock.close()
+    until(lambda: scripted.models.running() == 0)
+    scripted.script("hold", False)
+    assert scripted.chat("echo b")[0] == 200
+
+
+def test_a_reader_that_stalls_costs_only_itself(scripted):
+    sock = leave_after(scripted, body("forever", stream=True, max_tokens=150), b"content")
+    assert [scripted.chat("echo b")[0] for _ in range(5)] == [200] * 5
+    sock.close()
+    idle(scripted)
+
+
+def test_engine_dies_before_the_first_token(scripted):
+    scripted.script("hold")
+    results = []
+    threads = [threading.Thread(target=lambda s=s: results.append(scripted.chat("die", stream=s)[:2])) for s in (True, False)]
+    for thread in threads:
+        thread.start()
+    until(lambda: scripted.models.running() == 2)
+    scripted.models.engine.process.kill()
+    for thread in threads:
+        thread.join()
+    assert [(status, error["error"]["code"]) for status, error in results] == [(500, "engine_failed")] * 2
+
+
+def test_engine_dies_in_mid_stream_and_comes_back(scripted):
+    sock = leave_after(scripted, body("forever", stream=True), b'"content":"x"')
+    scripted.script("slow")  # the next load waits
+    scripted.models.engine.process.kill()
+    out = b""
+    while b"[DONE]" not in out:
+        out += sock.recv(65536)
+    error, done = out.split(b"data: ")[-2:]
+    assert json.loads(error.split(b"\n")[0])["error"]["type"] == "server_error"
+    assert done.startswith(b"[DONE]")
+    until(lambda: scripted.request("GET", "/health")[0] == 503)
+    assert scripted.request("GET", "/health")[1] == {
+        "error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+    }
+    assert scripted.request("GET", "/healthz")[1]["loaded"] is False
+    results = []
+    thread = threading.Thread(target=lambda: results.append(scripted.chat("echo back")))  # waits for the load
+    thread.start()
+    until(lambda: scripted.models.waiters == 1)
+    scripted.script("slow", False)
+    thread.join()
+    assert results[0][1]["choices"][0]["message"]["content"] == "back"
+    assert scripted.request("GET", "/health")[0] == 200
+
+
+def test_timeout(tmp_path):
+    with serve_scripted(tmp_path, request_timeout=0.3) as served:
+        served.script("hold")
+        status, error, _ = served.chat("echo x")
+        assert (status, error["error"]["type"]) == (504, "timeout_error")
+        assert served.chat("echo x", stream=True)[0] == 504
+        served.script("hold", False)
+        until(lambda: served.models.ready)  # the engine was silent all the while, and has been replaced
+        assert served.chat("echo y")[1]["choices"][0]["message"]["content"] == "y"
+
+
+def test_an_engine_that_hangs_is_replaced(tmp_path):
+    with serve_scripted(tmp_path, request_timeout=0.5) as served:
+        assert served.chat("hang")[0] == 504
+        assert served.chat("echo x")[1]["choices"][0]["message"]["content"] == "x"
+        assert served.calls().count("load") == 2
+
+
+def test_long_answers_do_not_time_out_when_streaming(tmp_path):
+    with serve_scripted(tmp_path, request_timeout=0.2) as served:
+        assert sum("content" in c["choices"][0]["delta"] for c in served.stream("forever", max_tokens=150)) > 2
+        assert served.chat("forever", max_tokens=190)[0] == 504
+
+
+def test_nothing_leaks(scripted):
+    """Clients that leave at every stage: afterwards all slots are free, and no thread is left over."""
+    scripted.chat("echo warm")
+    before = threading.active_count()
+    for i in range(60):
+        sock = socket.create_connection((scripted.host, scripted.port))
+        data = sized(body("forever", stream=bool(i % 2)))
+        sock.sendall(data[: len(data) * (i % 7 + 1) // 7])
+        if i % 3:
+            time.sleep(0.003)
+        sock.close()
+    idle(scripted)
+    until(lambda: threading.active_count() <= before)
+    assert scripted.request("GET", "/healthz")[1]["queue_depth"] == 0
+    assert scripted.chat("echo fine")[0] == 200
+
+
+def test_shutdown_lets_answers_finish(tmp_path):
+    with serve_scripted(tmp_path) as served:
+        served.script("hold")
+        results = []
+        thread = threading.Thread(target=lambda: results.append(served.chat("echo last")))
+        thread.start()
+        until(lambda: served.models.running() == 1)
+        served.server.shutdown()
+        drain = threading.Thread(target=served.server.drain, args=(30,))
+        drain.start()
+        until(lambda: served.server.draining)
+        served.script("hold", False)
+        thread.join()
+        drain.join()
+        assert results[0][1]["choices"][0]["message"]["content"] == "last"
+        with pytest.raises(OSError):
+            served.request("GET", "/health")

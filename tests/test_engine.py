@@ -1,0 +1,173 @@
+"""The engine loop and its handle, without HTTP: order, slots, full queue, cancellation, death, close."""
+
+import time
+from pathlib import Path
+
+import pytest
+from conftest import until
+
+from backends import Delta, Engine, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
+
+
+def prompt(text):
+    return Prompt(({"role": "user", "content": text},))
+
+
+def finish(job, timeout=30):
+    """All events of a job up to its end."""
+    events, end = [], time.monotonic() + timeout
+    while not events or not (isinstance(events[-1], Exception) or getattr(events[-1], "finish", None)):
+        assert time.monotonic() < end, events
+        events += job.take(0.1)
+    return events
+
+
+def text(events):
+    return "".join(e.text for e in events if isinstance(e, Delta))
+
+
+class Script:
+    def __init__(self, folder, slots=2, max_jobs=4):
+        self.folder, self.changes = Path(folder), []
+        self.engine = Engine(
+            EngineSpec("scripted:Scripted", str(folder), slots), max_jobs, lambda e: self.changes.append(e.progress)
+        )
+
+    def ready(self):
+        until(lambda: self.engine.ready)
+        return self
+
+    def submit(self, words, **sampling):
+        return self.engine.submit(prompt(words), Sampling(**sampling))
+
+    def calls(self):
+        return (self.folder / "log").read_text().splitlines()
+
+
+@pytest.fixture
+def script(tmp_path):
+    made = Script(tmp_path).ready()
+    yield made
+    made.engine.close()
+
+
+def test_load_tells_its_progress(script):
+    assert script.changes == [0.5, 1.0]
+    info = script.engine.info
+    assert (info.slots, info.context, info.library) == (2, 200, "scripted 1")
+    assert info.fingerprint.startswith("fp_")
+
+
+def test_a_job(script):
+    events = finish(script.submit("echo héllo"))
+    assert events[0] == Started(11, 3)
+    assert text(events) == "héllo"
+    assert sum(e.tokens for e in events[1:]) == 7  # six bytes and EOS
+    assert events[-1].finish == "stop"
+    until(lambda: not script.engine.jobs)
+
+
+def test_jobs_run_in_order_and_share_the_slots(script):
+    jobs = [script.submit(f"echo job {i}", seed=i) for i in range(4)]
+    until(lambda: script.engine.queue_depth() == 2)
+    assert [job.running for job in jobs] == [True, True, False, False]
+    assert [text(finish(job)) for job in jobs] == [f"job {i}" for i in range(4)]
+    starts = [line for line in script.calls() if line.startswith("start")]
+    assert starts == [f"start {i + 1} echo job {i} seed={i}" for i in range(4)]
+
+
+def test_full_queue(script):
+    (script.folder / "hold").touch()
+    jobs = [script.submit("echo a") for _ in range(4)]
+    with pytest.raises(QueueFull):
+        script.submit("echo b")
+    (script.folder / "hold").unlink()
+    for job in jobs:
+        finish(job)
+    assert text(finish(script.submit("echo b"))) == "b"
+
+
+def test_choices_wait_for_the_first_and_have_their_own_seed(script):
+    events = finish_all(script.submit("echo abc", n=3, seed=10), 3)
+    for i in range(3):
+        assert "".join(e.text for e in events if isinstance(e, Delta) and e.choice == i) == "abc"
+    starts = [line for line in script.calls() if line.startswith("start")]
+    assert starts == [f"start {i + 1} echo abc seed={10 + i}" for i in range(3)]
+    assert len([e for e in events if isinstance(e, Started)]) == 1
+
+
+def finish_all(job, choices):
+    events = []
+    until(lambda: events.extend(job.take(0.1)) or sum(isinstance(e, Delta) and e.finish is not None for e in events) == choices)
+    return events
+
+
+def test_cancel_active_frees_the_slot(script):
+    jobs = [script.submit("forever"), script.submit("forever")]
+    until(lambda: all(job.running for job in jobs))
+    waiting = script.submit("echo x")
+    jobs[0].cancel()
+    jobs[0].cancel()  # harmless
+    assert text(finish(waiting)) == "x"
+    assert "cancel 1" in script.calls()
+    jobs[1].cancel()
+    until(lambda: "cancel 2" in script.calls())
+    assert script.engine.jobs == {}
+
+
+def test_cancel_waiting_frees_its_place(script):
+    (script.folder / "hold").touch()
+    jobs = [script.submit("echo a") for _ in range(4)]
+    jobs[3].cancel()
+    jobs.append(script.submit("echo b"))
+    (script.folder / "hold").unlink()
+    assert text(finish(jobs[4])) == "b"
+    assert len([line for line in script.calls() if line.startswith("start")]) == 4
+
+
+def test_what_cannot_fit_is_refused(script):
+    (refusal,) = finish(script.submit("x" * 200))
+    assert isinstance(refusal, Refused)
+    assert refusal.code == "context_length_exceeded"
+    (refusal,) = finish(script.submit("x" * 100, max_tokens=101))
+    assert "100 tokens and max_tokens is 101" in refusal.message
+    (refusal,) = finish(script.submit("x" * 1_000_000))
+    assert "far longer" in refusal.message
+    events = finish(script.submit("forever" + "x" * 93))
+    assert (events[0].prompt_tokens, sum(e.tokens for e in events[1:]), events[-1].finish) == (100, 100, "length")
+    assert script.engine.jobs == {}
+
+
+@pytest.mark.parametrize("words", ["badencode", "badstart"])
+def test_an_error_of_one_job_is_that_jobs(script, words):
+    other = script.submit("echo fine")
+    assert isinstance(finish(script.submit(words))[-1], EngineFailed)
+    assert text(finish(other)) == "fine"
+    assert script.engine.ready
+
+
+@pytest.mark.parametrize("how", ["die", "raise"])
+def test_death_is_told_to_all_and_to_late_comers(script, how):
+    jobs = [script.submit("forever"), script.submit(how), script.submit("echo waits")]
+    for job in jobs:
+        assert isinstance(finish(job)[-1], EngineFailed)
+    until(lambda: script.engine.dead is not None)
+    assert ("signal 9" if how == "die" else "exit status 1") in script.engine.dead
+    with pytest.raises(EngineFailed):
+        script.submit("echo late")
+
+
+def test_failed_load(tmp_path):
+    (tmp_path / "fail").touch()
+    script = Script(tmp_path)
+    until(lambda: script.engine.dead is not None)
+    assert script.engine.info is None
+    assert "the script says: no" in script.engine.dead
+
+
+def test_close_is_polite(script):
+    job = script.submit("forever")
+    until(lambda: job.running)
+    script.engine.close()
+    assert script.calls()[-1] == "close"
+    assert isinstance(finish(job)[-1], EngineFailed)
