@@ -735,8 +735,11 @@ class OpenVino:
         else:
             context = read_json(spec.path, "config.json").get("max_position_embeddings") or 0
             kv_bytes = 0
+            if not context:
+                context = 4096
+                log.warning("%s has no config.json with max_position_embeddings: taking its context for %d tokens", spec.path, context)
             self.defaults = own_sampling(read_json(spec.path, "generation_config.json"))
-        self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context or 4096, kv_bytes)
+        self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context, kv_bytes)
         scheduler = self.genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = 256  # a step of prefill stays short, so the others keep decoding
         scheduler.max_num_seqs = spec.slots
@@ -746,7 +749,7 @@ class OpenVino:
         self.pipe = self.genai.ContinuousBatchingPipeline(
             spec.path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": self.threads}, {}
         )
-        self.context = min(context or self.cache_tokens, self.cache_tokens)
+        self.context = min(context, self.cache_tokens)
         self.tokenizer = self.pipe.get_tokenizer()
         self.template = ChatTemplate(
             spec.chat_template or self.tokenizer.get_original_chat_template() or self.tokenizer.chat_template,

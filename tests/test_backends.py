@@ -1,8 +1,15 @@
 """One contract for every engine, on the real demo model. Greedy text depends on the batch, so what is compared is structure."""
 
+import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
+from conftest import serve
+
+import model_init
+from backends import EngineSpec, missing_library
 
 QUESTION = "What is the capital of France?"
 STORY = "Write a long story about a lighthouse."
@@ -223,3 +230,21 @@ def test_engine_killed(served, stream):
     assert text(ask(served, QUESTION))
     assert served.request("GET", "/health")[0] == 200
     assert served.models.engine.process.pid != pid
+
+
+def test_openvino_ir_folder(tmp_path, demo):
+    """An IR folder, made from the demo GGUF as the library itself saves it; without a file of it, it is no model."""
+    if lack := missing_library("openvino"):
+        pytest.skip(lack)
+    shutil.copy(demo.path, tmp_path / "model.gguf")
+    code = "import sys, openvino_genai as g; g.LLMPipeline(sys.argv[1], 'CPU', enable_save_ov_model=True)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.gguf")], check=True)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
+    model = model_init.find_model(tmp_path)
+    assert (model.kind, model_init.choose_backend(model, "auto")) == ("openvino", "openvino")
+    with serve(model, EngineSpec("openvino", str(tmp_path))) as served:
+        assert "Paris" in text(ask(served, QUESTION, temperature=0))
+        assert served.models.engine.info.context == 2048
+    (tmp_path / "openvino_detokenizer.bin").unlink()
+    with pytest.raises(model_init.UsageError, match=r"without openvino_detokenizer\.bin"):
+        model_init.find_model(tmp_path)
