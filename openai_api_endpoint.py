@@ -16,6 +16,9 @@ raised anywhere and rendered in one place. The first delta decides the status li
 from __future__ import annotations
 
 import argparse
+import base64
+import codecs
+import errno
 import hmac
 import json
 import logging
@@ -24,19 +27,38 @@ import re
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import model_init
-from backends import LOG_FORMAT, Delta, Engine, EngineFailed, Event, Job, Prompt, QueueFull, Refused, Sampling, Started, log
+from backends import (
+    BACKENDS,
+    LOG_FORMAT,
+    Answer,
+    Delta,
+    Details,
+    Engine,
+    EngineFailed,
+    Event,
+    Job,
+    Prompt,
+    QueueFull,
+    Refused,
+    Sampling,
+    Started,
+    TokenLogprob,
+    log,
+)
+from constraints import Unsupported, choice_grammar, object_grammar, own_grammar, regex_grammar, schema_grammar, violation
 from model_init import Models, NotReady, UsageError
 
 VERSION = "0.1.0"
@@ -133,8 +155,8 @@ def integer(low: int, high: int) -> Kind:
         return int(value)
 
     if high == BIG:
-        return Kind(f"an integer, {low} or more", read)
-    return Kind("an integer" if low == -BIG else f"an integer from {low} to {high}", read)
+        return Kind("an integer" if low == -BIG else f"an integer, {low} or more", read)
+    return Kind(f"an integer from {low} to {high}", read)
 
 
 def read_boolean(value: Any) -> bool:
@@ -145,6 +167,19 @@ def read_boolean(value: Any) -> bool:
 def read_string(value: Any) -> str:
     check(isinstance(value, str))
     return str(value)
+
+
+def read_name(value: Any) -> str:
+    check(isinstance(value, str) and len(value) <= 256)
+    return str(value)
+
+
+def one_of(*names: str) -> Kind:
+    def read(value: Any) -> str:
+        check(value in names)
+        return str(value)
+
+    return Kind(" or ".join(names), read)
 
 
 def read_stop(value: Any) -> list[str | int]:
@@ -167,8 +202,111 @@ def read_stream_options(value: Any) -> bool:
 BIG = 2**63 - 1
 BOOLEAN = Kind("true or false", read_boolean)
 STRING = Kind("a string", read_string)
+NAME = Kind("a string of up to 256 characters", read_name)
+ANYTHING = Kind("anything", lambda value: value)
 STOP = Kind("a string of 1 to 256 characters, a token id, or up to 16 of either", read_stop)
 STREAM_OPTIONS = Kind('an object like {"include_usage": true}', read_stream_options)
+
+
+def read_ids(value: Any) -> tuple[int, ...]:
+    check(isinstance(value, list) and len(value) <= 1 << 20)
+    check(all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in value))
+    return tuple(value)
+
+
+def read_prompts(value: Any) -> list[Prompt]:
+    """A string, an array of strings, an array of token ids, or an array of those: up to 256 prompts."""
+    if isinstance(value, str):
+        return [Prompt(text=value)]
+    check(isinstance(value, list) and bool(value))
+    if isinstance(value[0], int):
+        return [Prompt(tokens=read_ids(value))]
+    check(len(value) <= 256)
+    return [Prompt(text=item) if isinstance(item, str) else Prompt(tokens=read_ids(item)) for item in value]
+
+
+def read_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    check(isinstance(value, dict) and len(value) <= 1024)
+    bias = number(-100, 100).read
+    check(all(re.fullmatch(r"[0-9]{1,9}", token) for token in value))
+    return tuple((int(token), bias(weight)) for token, weight in value.items())
+
+
+def read_template_kwargs(value: Any) -> dict[str, Any]:
+    check(isinstance(value, dict) and not RESERVED & set(value))
+    return dict(value)
+
+
+RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}  # the server's own template variables
+PROMPTS = Kind("a string, an array of strings, an array of token ids, or an array of those (1 to 256)", read_prompts)
+IDS = Kind("an array of token ids", read_ids)
+LOGIT_BIAS = Kind("an object of token ids to numbers from -100 to 100", read_logit_bias)
+TEMPLATE_KWARGS = Kind(f"an object without {', '.join(sorted(RESERVED))}", read_template_kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a completion must be: the grammar that the engine follows, and the check when it has ended."""
+
+    grammar: str
+    check: Callable[[str], str | None]  # what is wrong with a finished text, or None
+
+
+def json_constraint(schema: Any, where: str) -> Constraint:
+    def wrong(text: str) -> str | None:
+        try:
+            return violation(schema, json.loads(text))
+        except ValueError as error:
+            return f"it is not JSON: {error}"
+
+    return Constraint(refuse_unsupported(schema_grammar, schema, where), wrong)
+
+
+def refuse_unsupported(convert: Callable[[Any], str], source: Any, where: str) -> str:
+    try:
+        return convert(source)
+    except Unsupported as error:
+        raise ApiError(400, f"'{where}' cannot be honoured: {error}", where, "unsupported_constraint") from None
+
+
+def read_response_format(value: Any) -> Constraint | None:
+    check(isinstance(value, dict))
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint(object_grammar(), json_constraint({"type": "object"}, "response_format").check)
+    check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
+    check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
+    return json_constraint(value["json_schema"]["schema"], "response_format")
+
+
+def read_structured_outputs(value: Any) -> Constraint | None:
+    check(isinstance(value, dict))
+    given = {name: item for name, item in value.items() if item is not None}
+    if not given:
+        return None
+    check(len(given) == 1)
+    ((name, source),) = given.items()
+    where = "structured_outputs"
+    if name == "json":
+        return json_constraint(parse_json(source.encode()) if isinstance(source, str) else source, where)
+    if name == "regex":
+        check(isinstance(source, str))
+        grammar = refuse_unsupported(regex_grammar, source, where)
+        return Constraint(grammar, lambda text: None if re.fullmatch(source, text) else "it does not match the regex")
+    if name == "choice":
+        check(isinstance(source, list) and bool(source) and all(isinstance(item, str) and item for item in source))
+        grammar = refuse_unsupported(choice_grammar, source, where)
+        return Constraint(grammar, lambda text: None if text in source else "it is none of the choices")
+    check(name == "grammar" and isinstance(source, str) and 0 < len(source) <= 100_000)
+    return Constraint(refuse_unsupported(own_grammar, source, where), lambda text: None)
+
+
+RESPONSE_FORMAT = Kind(
+    '{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": …}}', read_response_format
+)
+STRUCTURED = Kind("an object with one of json, regex, choice, grammar", read_structured_outputs)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # passed on: templates know them
@@ -203,79 +341,131 @@ def read_content(content: Any, where: str) -> str:
     for i, part in enumerate(content):
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, dict) else None
-            hint = f" This server has no parts of type {kind!r}." if isinstance(kind, str) and kind != "text" else ""
+            hint = f" This server has no parts of type {kind[:40]!r}." if isinstance(kind, str) and kind != "text" else ""
             raise ApiError(400, f'\'{where}[{i}]\' must be {{"type":"text","text":…}}.{hint}', f"{where}[{i}]")
     return "".join(part["text"] for part in content)
 
 
 MESSAGES = Kind("a non-empty array of {role, content}", read_messages)
 
-# Each field that is honoured: what it must be, and what it does. README's table is made from these rows.
-FIELDS: dict[str, tuple[Kind, str]] = {
-    "messages": (MESSAGES, "the conversation; content is a string or an array of text parts"),
-    "model": (STRING, "any name: the one served model answers, and the name is echoed"),
-    "stream": (BOOLEAN, "answer as server-sent events"),
-    "stream_options": (STREAM_OPTIONS, "`include_usage`: one more chunk with the usage; only with stream"),
-    "max_tokens": (integer(1, BIG), "most tokens to generate; default: what the context has left"),
-    "max_completion_tokens": (integer(1, BIG), "the same, and wins over max_tokens"),
-    "temperature": (number(0, 2), "0 is greedy; default: the model's own, else 0.7"),
-    "top_p": (number(0, 1, above=True), "nucleus sampling; default: the model's own, else 1"),
-    "top_k": (integer(-1, BIG), "sample from the k best; 0 or -1 is off; default: the model's own, else off"),
-    "min_p": (number(0, 1), "drop tokens less likely than min_p times the best; default 0"),
-    "presence_penalty": (number(-2, 2), "against tokens already in the completion; default 0"),
-    "frequency_penalty": (number(-2, 2), "the same, by how often; default 0"),
-    "repetition_penalty": (number(0, BIG, above=True), "against tokens already in prompt or completion, 1 is off; default 1"),
-    "n": (integer(1, 8), "independent choices; they share one prefill; default 1"),
-    "seed": (integer(-BIG, BIG), "same seed, same sampling; choice i uses seed + i"),
-    "stop": (STOP, "end before this text or token; never part of the answer"),
+
+class Field(NamedTuple):
+    """A request field. `needs`: what of FEATURES the engine must have, unless the value is one of `free`; NEVER: no engine has it."""
+
+    kind: Kind
+    help: str
+    needs: str = ""
+    free: tuple[Any, ...] = ()
+
+
+NEVER = "never"
+
+
+def never(*free: Any) -> Field:
+    """A field that would change the answer and that nothing honours, with the values at which it changes nothing."""
+    return Field(
+        ANYTHING, "refused" + (f", but for {' and '.join(json.dumps(value) for value in free)}" if free else ""), NEVER, free
+    )
+
+
+# The one place where a field is declared: validation, GET /v1/capabilities and README's tables all come from these rows.
+GENERATION = {
+    "model": Field(NAME, "any name: the one served model answers, and the name is echoed"),
+    "stream": Field(BOOLEAN, "answer as server-sent events"),
+    "stream_options": Field(STREAM_OPTIONS, "`include_usage`: one more chunk with the usage; only with stream"),
+    "temperature": Field(number(0, 2), "0 is greedy; default: the model's own, else 0.7"),
+    "top_p": Field(number(0, 1, above=True), "nucleus sampling; default: the model's own, else 1"),
+    "top_k": Field(integer(-1, BIG), "sample from the k best; 0 or -1 is off; default: the model's own, else off"),
+    "min_p": Field(number(0, 1), "drop tokens less likely than min_p times the best; default 0"),
+    "presence_penalty": Field(number(-2, 2), "against tokens already in the completion; default 0"),
+    "frequency_penalty": Field(number(-2, 2), "the same, by how often; default 0"),
+    "repetition_penalty": Field(number(0.01, 100), "against tokens already in prompt or completion; 1, the default, is off"),
+    "n": Field(integer(1, 8), "independent choices; they share one prefill; default 1"),
+    "seed": Field(integer(-BIG, BIG), "same seed, same sampling; choice i uses seed + i"),
+    "stop": Field(STOP, "end before this text or token; never part of the answer"),
+    "stop_token_ids": Field(IDS, "end before one of these tokens"),
+    "min_tokens": Field(integer(0, BIG), "no EOS is sampled, and nothing ends the completion, before so many tokens; default 0"),
+    "ignore_eos": Field(BOOLEAN, "go on after EOS, up to max_tokens"),
+    "logit_bias": Field(LOGIT_BIAS, "added to logits, by token id; -100 bans", "logit_bias", ({},)),
+    "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema"),
+    "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF"),
+    "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling (also header `X-Debug: prompt`)"),
+    "guided_json": never(),
+    "guided_regex": never(),
+    "guided_choice": never(),
+    "guided_grammar": never(),
+    "grammar": never(""),
+    "bad_words": never([]),
+    "allowed_token_ids": never([]),
+    "prompt_logprobs": never(),
+    "prediction": never(),
+}  # fmt: skip
+CHAT = GENERATION | {
+    "messages": Field(MESSAGES, "the conversation; content is a string or an array of text parts"),
+    "max_tokens": Field(integer(1, BIG), "most tokens to generate; default: what the context has left"),
+    "max_completion_tokens": Field(integer(1, BIG), "the same, and wins over max_tokens"),
+    "logprobs": Field(BOOLEAN, "log probabilities of the tokens, from the raw logits"),
+    "top_logprobs": Field(integer(0, 20), "and of so many alternatives; only with logprobs", "top_logprobs", (0,)),
+    "chat_template_kwargs": Field(TEMPLATE_KWARGS, "more variables for the chat template"),
+    "add_generation_prompt": Field(BOOLEAN, "end the prompt with the beginning of an assistant message; default true"),
+    "continue_final_message": Field(BOOLEAN, "go on with the last message, which must be the assistant's"),
+    "tools": never([]),
+    "tool_choice": never("none", "auto"),
+    "parallel_tool_calls": never(True, False),
+    "functions": never([]),
+    "function_call": never("none", "auto"),
+    "modalities": never(["text"]),
+    "audio": never(),
+    "reasoning_effort": never(),
+    "verbosity": never(),
+    "web_search_options": never(),
+    "chat_template": never(),
+    "echo": never(False),
+    "best_of": never(1),
+    "suffix": never(""),
+}  # fmt: skip
+COMPLETIONS = GENERATION | {
+    "prompt": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those"),
+    "max_tokens": Field(integer(0, BIG), "most tokens to generate; default 16, as OpenAI's; 0 only with echo"),
+    "logprobs": Field(integer(0, 20), "log probabilities of the tokens, and of so many alternatives", "top_logprobs", (0,)),
+    "echo": Field(BOOLEAN, "the prompt comes first; with logprobs its tokens are scored"),
+    "best_of": Field(integer(1, 8), "honoured where it equals n"),
+    "suffix": never(""),
+}  # fmt: skip
+EMBEDDINGS = {
+    "model": GENERATION["model"],
+    "input": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those"),
+    "encoding_format": Field(one_of("float", "base64"), "base64: little-endian float32"),
+    "dimensions": Field(integer(1, 1 << 16), "the first so many, scaled to length 1 again"),
+}
+TOKENIZE = {
+    "model": GENERATION["model"],
+    "content": Field(STRING, "the text; `prompt` and `text` are the same"),
+    "prompt": Field(STRING, "the text"),
+    "text": Field(STRING, "the text"),
+    "messages": Field(MESSAGES, "or a conversation, rendered by the chat template"),
+    "add_special": Field(BOOLEAN, "add BOS where the model wants it; default: only to text"),
+    "add_special_tokens": Field(BOOLEAN, "the same"),
+    "with_pieces": Field(BOOLEAN, "tell each token's text, or its bytes where they are not text"),
+    "return_token_strs": Field(BOOLEAN, "the same as an array `token_strs`"),
+    "add_generation_prompt": CHAT["add_generation_prompt"],
+    "continue_final_message": CHAT["continue_final_message"],
+    "chat_template_kwargs": CHAT["chat_template_kwargs"],
+}
+DETOKENIZE = {"model": GENERATION["model"], "tokens": Field(IDS, "token ids")}
+TEMPLATE = {
+    name: CHAT[name]
+    for name in ("model", "messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 }
 ALIASES = {"repeat_penalty": "repetition_penalty"}
-INERT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-)  # change nothing about an answer
+INERT = (  # change nothing about an answer
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
 
-# Each field that would change the answer and is not honoured, with the values at which it changes nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "best_of": (1,),
-    "suffix": ("",),
-}
+# What a value or two fields together need of the engine: (says, condition, field to blame, feature).
+COMBINED: tuple[tuple[str, Callable[[dict[str, Any]], bool], str, str], ...] = (
+    ("`echo` with `logprobs`", lambda v: bool(v.get("echo")) and v.get("logprobs") is not None, "echo", "scores"),
+)
 
 
 class Fields(NamedTuple):
@@ -285,8 +475,8 @@ class Fields(NamedTuple):
     ignored: list[str]
 
 
-def read_fields(body: Any) -> Fields:
-    """Every field is honoured, inert, refused by name (400), or unknown and listed. null is absent."""
+def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bool = False) -> Fields:
+    """Every field is honoured, inert, refused by name (400), or unknown and listed (`strict`: refused). null is absent."""
     if not isinstance(body, dict):
         raise ApiError(400, "The body must be a JSON object.")
     values: dict[str, Any] = {}
@@ -295,43 +485,157 @@ def read_fields(body: Any) -> Fields:
         name = ALIASES.get(sent, sent)
         if value is None or name in INERT:
             continue
-        if name in FIELDS:
-            try:
-                values[name] = FIELDS[name][0].read(value)
-            except (ValueError, OverflowError):
-                raise ApiError(400, f"'{sent}' must be {FIELDS[name][0].says}.", sent) from None
-        elif name in REFUSED:
-            if value not in REFUSED[name]:
-                raise ApiError(400, f"'{sent}' is not supported by this server: leave it out.", sent, "unsupported_parameter")
-        else:
+        if name not in table:
             ignored.append(sent)
-    check_together(values)
+            continue
+        field_ = table[name]
+        if field_.needs and not any(same_value(value, free) for free in field_.free):
+            refuse_lacking(sent, field_.needs, engine)
+        if field_.needs == NEVER:
+            continue
+        try:
+            values[name] = field_.kind.read(value)
+        except (ValueError, OverflowError):
+            raise ApiError(400, f"'{sent}' must be {field_.kind.says}.", sent) from None
+    if strict and ignored:
+        raise ApiError(
+            400, f"'{ignored[0]}' is not a field of this route (--strict): leave it out.", ignored[0], "unknown_parameter"
+        )
+    for says, condition, param, feature in COMBINED:
+        if condition(values):
+            refuse_lacking(param, feature, engine, says.replace("`", "'"))
     return Fields(values, ignored)
 
 
+def same_value(a: Any, b: Any) -> bool:
+    """0 and 0.0 are the same, 0 and false are not."""
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def engines_with(feature: str) -> list[str]:
+    return [] if feature == NEVER else [name for name, backend in BACKENDS.items() if feature not in backend.LACKS]
+
+
+def refuse_lacking(param: str, feature: str, engine: str, says: str = "") -> None:
+    able = engines_with(feature)
+    if engine in able or (engine not in BACKENDS and feature != NEVER):  # a binding of the user's own speaks for itself
+        return
+    why = (
+        f"is not supported by the engine {engine}; {' and '.join(able)} can"
+        if able
+        else "is not supported by this server: leave it out"
+    )
+    raise ApiError(400, f"{says or repr(param)} {why}.", param, "unsupported_parameter")
+
+
 def check_together(values: dict[str, Any]) -> None:
-    """What relates two fields."""
-    if "messages" not in values:
-        raise ApiError(400, "'messages' is required: a non-empty array of {role, content}.", "messages")
+    """What relates two fields of a route that generates."""
     if "stream_options" in values and not values.get("stream"):
         raise ApiError(400, "'stream_options' is only allowed with stream: true.", "stream_options")
+    if values.get("top_logprobs") and not values.get("logprobs"):
+        raise ApiError(400, "'top_logprobs' is only allowed with logprobs: true.", "top_logprobs")
+    if values.get("response_format") and values.get("structured_outputs"):
+        raise ApiError(400, "'structured_outputs' and 'response_format' exclude each other.", "structured_outputs")
+    if values.get("response_format") or values.get("structured_outputs"):
+        for name in ("min_tokens", "ignore_eos"):
+            if values.get(name):
+                raise ApiError(400, f"'{name}' excludes a constraint: the constraint says when the text is complete.", name)
+    if "best_of" in values and values["best_of"] != values.get("n", 1):
+        raise ApiError(400, "'best_of' is only honoured where it equals 'n'.", "best_of", "unsupported_parameter")
+    if values.get("max_tokens") == 0 and not values.get("echo"):
+        raise ApiError(400, "'max_tokens' may only be 0 with echo: true.", "max_tokens")
+
+
+def require(values: dict[str, Any], name: str, table: dict[str, Field]) -> Any:
+    if name not in values:
+        raise ApiError(400, f"'{name}' is required: {table[name].kind.says}.", name)
+    return values[name]
+
+
+def chat_prompt(values: dict[str, Any]) -> Prompt:
+    messages = require(values, "messages", CHAT)
+    go_on = values.get("continue_final_message", False)
+    if go_on and (messages[-1]["role"] != "assistant" or not messages[-1]["content"]):
+        raise ApiError(
+            400, "'continue_final_message' needs a last message of the assistant's, with content.", "continue_final_message"
+        )
+    if go_on and values.get("add_generation_prompt"):
+        raise ApiError(
+            400, "'continue_final_message' and 'add_generation_prompt' exclude each other.", "continue_final_message"
+        )
+    return Prompt(
+        messages,
+        generation_prompt=values.get("add_generation_prompt", True),
+        continue_final=go_on,
+        template_kwargs=values.get("chat_template_kwargs", {}),
+    )
+
+
+def constraint_of(values: dict[str, Any]) -> Constraint | None:
+    return values.get("response_format") or values.get("structured_outputs")
 
 
 def sampling_from(values: dict[str, Any]) -> Sampling:
-    same = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n", "seed")
-    stop = values.get("stop", [])
-    top_k = values.get("top_k")
+    same = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n", "seed"]
+    same += ["min_tokens", "ignore_eos", "logit_bias", "echo"]
+    stop, top_k, logprobs, constraint = (
+        values.get("stop", []),
+        values.get("top_k"),
+        values.get("logprobs"),
+        constraint_of(values),
+    )
+    if isinstance(logprobs, bool):  # the chat route's spelling
+        logprobs = values.get("top_logprobs", 0) if logprobs else None
+    if values.get("temperature", 1) < 1e-4:  # greedy, as good as; the engines' float32 would overflow
+        values["temperature"] = 0.0
+    if "top_p" in values:
+        values["top_p"] = max(values["top_p"], 1e-6)
     return Sampling(
         max_tokens=values.get("max_completion_tokens", values.get("max_tokens")),
         top_k=None if top_k is None else min(max(top_k, 0), 2**31 - 1),
         stop=tuple(item for item in stop if isinstance(item, str)),
-        stop_token_ids=tuple(item for item in stop if isinstance(item, int)),
+        stop_token_ids=tuple(item for item in stop if isinstance(item, int)) + values.get("stop_token_ids", ()),
+        logprobs=logprobs,
+        grammar=constraint.grammar if constraint else None,
         **{name: values[name] for name in same if name in values},
     )
 
 
+def capabilities(engine: str) -> dict[str, Any]:
+    """What GET /v1/capabilities says: for each route and field, whether this engine honours it, and which do."""
+
+    def row(field_: Field) -> dict[str, Any]:
+        able = engines_with(field_.needs) if field_.needs else list(BACKENDS)
+        free = {"always_accepted": list(field_.free)} if field_.free else {}
+        return {
+            "honoured": engine in able or (engine not in BACKENDS and field_.needs != NEVER),
+            "engines": able,
+            "must_be": field_.kind.says,
+            **free,
+        }
+
+    tables = {f"/v1{path}": {name: row(f) for name, f in sorted(table.items())} for path, table in BODIES.items()}
+    together = {
+        says.replace("`", ""): {"honoured": engine in engines_with(feature), "engines": engines_with(feature)}
+        for says, _, _, feature in COMBINED
+    }
+    return {"engine": engine, "routes": tables, "together": together, "inert": list(INERT), "aliases": ALIASES}
+
+
+BODIES = {
+    "/chat/completions": CHAT,
+    "/completions": COMPLETIONS,
+    "/embeddings": EMBEDDINGS,
+    "/tokenize": TOKENIZE,
+    "/detokenize": DETOKENIZE,
+    "/apply-template": TEMPLATE,
+}
+
+
 def parse_json(body: bytes) -> Any:
-    """JSON that cannot hurt: bounded numbers, bounded nesting, no text that is not Unicode."""
+    """JSON that cannot hurt: bounded in numbers, nesting and members, and no text that is not Unicode (RFC 8259, section 8.1)."""
+    if body.count(b"{") + body.count(b"[") > 100_000 or body.count(b",") > 1_000_000:
+        raise ApiError(400, "The body has too many members.")  # a second of parsing would be a second for everyone
 
     def whole(digits: str) -> int:
         if len(digits) > 32:
@@ -339,7 +643,8 @@ def parse_json(body: bytes) -> Any:
         return int(digits)
 
     try:
-        value = json.loads(body, parse_int=whole)
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, parse_int=whole)
         if b"\\ud" in body.lower():  # an escaped surrogate without its other half is not text, and no engine can encode it
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -356,12 +661,15 @@ def compact(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-@dataclass(slots=True)
 class Choice:
     """One choice, assembled from its deltas."""
 
-    text: list[str] = field(default_factory=list)
-    finish: str | None = None
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.finish: str | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for text_offset: characters may span tokens
+        self.offset = 0  # characters of the tokens so far
 
 
 @dataclass(slots=True)
@@ -372,16 +680,35 @@ class Completion:
     model: str
     fingerprint: str
     choices: list[Choice]
+    shape: Shape
+    logprobs: bool = False  # wanted
+    constraint: Constraint | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: int = 0
-    cached_tokens: int | None = None
+    cached_tokens: int | None = 0
     tokens: int = 0
+    started_at: float = 0.0  # these three: seconds on the engine's clock
+    first_at: float = 0.0
+    last_at: float = 0.0
+    details: list[Details] = field(default_factory=list)
 
-    def add(self, delta: Delta) -> None:
+    def start(self, event: Started) -> None:
+        self.started_at = self.started_at or event.at
+        self.prompt_tokens += event.prompt_tokens
+        known = self.cached_tokens is not None and event.cached_tokens is not None
+        self.cached_tokens = (self.cached_tokens or 0) + (event.cached_tokens or 0) if known else None
+
+    def add(self, delta: Delta) -> Delta:
+        """Take a delta in; returns it as the client is to see it: `stop` only where a constraint holds."""
         choice = self.choices[delta.choice]
         self.tokens += delta.tokens
+        self.first_at, self.last_at = self.first_at or delta.at, delta.at
         choice.text.append(delta.text)
+        if self.constraint and delta.finish == "stop" and (wrong := self.constraint.check("".join(choice.text))):
+            log.info("%s: a stop string or token has cut a constrained text: %s", self.id, wrong)
+            delta = replace(delta, finish="length")
         choice.finish = delta.finish
+        return delta
 
     def usage(self) -> dict[str, Any]:
         return {
@@ -391,54 +718,137 @@ class Completion:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
+    def timings(self) -> dict[str, Any]:
+        """llama-server's names. Prefill up to the first token, then decoding; by the engine's clock, the queue left out."""
+        prompt_ms, predicted_ms = (self.first_at - self.started_at) * 1000, (self.last_at - self.first_at) * 1000
+        prompt_n = self.prompt_tokens - (self.cached_tokens or 0)
+        return {
+            "cache_n": self.cached_tokens,
+            "prompt_n": prompt_n,
+            "prompt_ms": round(prompt_ms, 3),
+            "prompt_per_second": round(prompt_n / prompt_ms * 1000, 2) if prompt_ms > 0 else None,
+            "predicted_n": self.tokens,
+            "predicted_ms": round(predicted_ms, 3),
+            "predicted_per_second": round(max(0, self.tokens - len(self.choices)) / predicted_ms * 1000, 2)
+            if predicted_ms > 0
+            else None,
+        }
+
     def reply(self) -> dict[str, Any]:
         return {
             "id": self.id,
-            "object": "chat.completion",
+            "object": self.shape.whole,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
             "choices": [
                 {
                     "index": i,
-                    "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-                    "logprobs": None,
+                    **self.shape.content("".join(choice.text)),
+                    "logprobs": self.shape.logprobs(choice, choice.logprobs) if self.logprobs else None,
                     "finish_reason": choice.finish,
                 }
                 for i, choice in enumerate(self.choices)
             ],
             "usage": self.usage(),
+            "timings": self.timings(),
         }
+
+
+def chat_logprobs(_: Choice, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def named(data: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
+
+    shown = [entry for entry in entries if entry.shown]
+    content = [named(e.data, e.logprob) | {"top_logprobs": [named(*pair) for pair in e.top]} for e in shown]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(choice: Choice, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+    """The legacy shape. Every token is listed, also the EOS that ended the text; text_offset counts characters."""
+
+    def name(data: bytes) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    shape: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        shape["tokens"].append(name(entry.data))
+        shape["token_logprobs"].append(entry.logprob)
+        top = dict(reversed([(name(data), logprob) for data, logprob in entry.top]))
+        shape["top_logprobs"].append(None if entry.logprob is None else {name(entry.data): entry.logprob} | top)
+        shape["text_offset"].append(choice.offset)
+        choice.offset += len(choice.utf8.decode(entry.data)) if entry.shown else 0
+    return shape
+
+
+class Shape(NamedTuple):
+    """What differs between the chat and the legacy text route."""
+
+    prefix: str
+    whole: str  # "object" of a reply
+    part: str  # "object" of a chunk
+    content: Callable[[str], dict[str, Any]]
+    logprobs: Callable[[Choice, Iterable[TokenLogprob]], dict[str, Any]]
+    opening: bytes  # what a stream begins with, for each choice
+    piece: bytes  # a chunk's text, already JSON
+    closing: bytes
+
+
+CHAT_SHAPE = Shape(
+    "chatcmpl-",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    chat_logprobs,
+    b'"delta":{"role":"assistant","content":"","refusal":null}',
+    b'"delta":{"content":%s}',
+    b'"delta":{}',
+)
+TEXT_SHAPE = Shape(
+    "cmpl-", "text_completion", "text_completion", lambda text: {"text": text}, text_logprobs, b"", b'"text":%s', b'"text":""'
+)
 
 
 class Chunks:
     """The SSE events of one streamed completion. Only the text is serialized per chunk: the rest is the same in all."""
 
     def __init__(self, completion: Completion, include_usage: bool):
-        head = {
-            "id": completion.id,
-            "object": "chat.completion.chunk",
-            "created": completion.created,
-            "model": completion.model,
-        }
+        self.completion, self.shape = completion, completion.shape
+        head = {"id": completion.id, "object": self.shape.part, "created": completion.created, "model": completion.model}
         head["system_fingerprint"] = completion.fingerprint
         self.head = b"data: " + compact(head)[:-1] + b',"choices":['
         self.tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
-    def chunk(self, index: int, delta: bytes, finish: bytes = b"null") -> bytes:
-        return b'%s{"index":%d,"delta":%s,"logprobs":null,"finish_reason":%s}%s' % (self.head, index, delta, finish, self.tail)
+    def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
+        return b'%s{"index":%d,%s,"logprobs":%s,"finish_reason":%s}%s' % (
+            self.head,
+            index,
+            content,
+            logprobs,
+            finish,
+            self.tail,
+        )
 
-    def role(self, index: int) -> bytes:
-        return self.chunk(index, b'{"role":"assistant","content":"","refusal":null}')
+    def opening(self) -> bytes:
+        count = range(len(self.completion.choices))
+        return b"".join(self.chunk(i, self.shape.opening) for i in count) if self.shape.opening else b""
 
     def delta(self, delta: Delta) -> bytes:
-        out = self.chunk(delta.choice, b'{"content":%s}' % compact(delta.text)) if delta.text else b""
+        out, logprobs = b"", b"null"
+        if delta.logprobs and self.completion.logprobs:
+            logprobs = compact(self.shape.logprobs(self.completion.choices[delta.choice], delta.logprobs))
+        if delta.text or logprobs != b"null":
+            out = self.chunk(delta.choice, self.shape.piece % compact(delta.text), logprobs)
         if delta.finish:
-            out += self.chunk(delta.choice, b"{}", b'"%s"' % delta.finish.encode())
+            out += self.chunk(delta.choice, self.shape.closing, finish=b'"%s"' % delta.finish.encode())
         return out
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        return self.head + b'],"usage":' + compact(usage) + b"}\n\n"
+    def last(self, **members: Any) -> bytes:
+        """A chunk without choices."""
+        return self.head + b"]," + compact(members)[1:] + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
@@ -458,7 +868,9 @@ def merge(events: list[Event]) -> Iterator[Event]:
         if not isinstance(event, Delta):
             yield event
         elif old := merged.get(event.choice):
-            merged[event.choice] = Delta(event.choice, old.text + event.text, old.tokens + event.tokens, event.finish)
+            merged[event.choice] = replace(
+                event, text=old.text + event.text, tokens=old.tokens + event.tokens, logprobs=old.logprobs + event.logprobs
+            )
         else:
             merged[event.choice] = event
     yield from merged.values()
@@ -504,6 +916,8 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         self.status, self.started, self.streaming = 0, time.monotonic(), False
         self.log_note = ""
+        self.extra: list[tuple[str, str]] = []
+        self.request_id = re.sub(r"[^!-~]", "", self.headers.get("X-Request-Id", ""))[:128] or f"req-{uuid.uuid4().hex}"
         try:
             self.body = self.read_body()
             self.route()
@@ -521,7 +935,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def fail(self, error: ApiError) -> None:
         """Render any error, before or inside a stream."""
-        self.log_note += f" {error.message}"
+        self.log_note += f" {error.message[:300]}"
         if self.streaming:
             self.write(self.framed(error_event(error) + DONE))
             self.end_stream()
@@ -534,13 +948,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's own errors (a bad request line, too many headers) in the same JSON."""
-        self.status, self.streaming, self.log_note = 0, False, ""
+        self.status, self.streaming, self.log_note, self.extra, self.request_id = 0, False, "", [], ""
         self.fail(ApiError(int(code), f"{message or HTTPStatus(code).phrase}.", close=True))
 
     def route(self) -> None:
         if self.request_version == "HTTP/1.1" and len(self.headers.get_all("Host") or ()) != 1:
             raise ApiError(400, "An HTTP/1.1 request must have one Host header.", close=True)
-        path = urlsplit(self.path).path if not self.path.startswith("//") else self.path
+        try:
+            path = urlsplit(self.path).path if not self.path.startswith("//") else self.path
+        except ValueError:
+            raise ApiError(400, "The request's URL is malformed.") from None
         path = (path[:-1] if path.endswith("/") and path != "/" else path) or "/"
         path = path[3:] or "/" if path == "/v1" or path.startswith("/v1/") else path
         if self.command == "OPTIONS":
@@ -581,6 +998,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         """The request's body, whole. Whatever makes its end unclear closes the connection after the reply."""
+        if self.headers.defects or self.headers.get_payload():  # Python's parser drops all headers after a malformed one
+            raise ApiError(400, "A header line is malformed.", close=True)
         lengths, codings = self.headers.get_all("Content-Length") or [], self.headers.get_all("Transfer-Encoding") or []
         if codings and lengths:
             raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other.", close=True)
@@ -639,9 +1058,6 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             pass
 
-    def json_body(self) -> Any:
-        return parse_json(self.body)
-
     def peer_gone(self) -> bool:
         """Has the client closed its side? Pipelined requests are data, not an end."""
         try:
@@ -667,7 +1083,10 @@ class Handler(BaseHTTPRequestHandler):
     def head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
         self.status = status
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
-        lines += [f"{name}: {value}" for name, value in (CORS[0], *headers)]
+        lines += [f"{name}: {value}" for name, value in (CORS[0], *self.extra, *headers)]
+        if self.request_id:
+            elapsed = (time.monotonic() - self.started) * 1000
+            lines += [f"X-Request-Id: {self.request_id}", f"openai-processing-ms: {elapsed:.0f}"]
         if self.close_connection:
             lines.append("Connection: close")
         elif self.request_version == "HTTP/1.0":
@@ -681,7 +1100,7 @@ class Handler(BaseHTTPRequestHandler):
         head = self.head(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers])
         self.write(head if self.command == "HEAD" else head + body)
 
-    def begin_stream(self, first: bytes, headers: Iterable[tuple[str, str]]) -> None:
+    def begin_stream(self, first: bytes) -> None:
         """Status line, headers and the first events in one packet."""
         self.streaming, self.chunked = True, self.request_version == "HTTP/1.1"
         sse = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
@@ -689,7 +1108,7 @@ class Handler(BaseHTTPRequestHandler):
             sse.append(("Transfer-Encoding", "chunked"))
         else:
             self.close_connection = True
-        self.write(self.head(200, [*sse, *headers]) + self.framed(first))
+        self.write(self.head(200, sse) + self.framed(first))
 
     def framed(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.chunked else data
@@ -752,44 +1171,85 @@ class Handler(BaseHTTPRequestHandler):
             )
         self.reply(200, self.model_card())
 
-    # ── POST /v1/chat/completions ──
+    def get_capabilities(self) -> None:
+        self.reply(200, capabilities(self.server.models.spec.backend))
+
+    def get_tokenizer_info(self) -> None:
+        """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
+        info = self.server.models.acquire(self.peer_gone).info
+        self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
+
+    # ── POST routes that generate ──
+
+    def read(self, table: dict[str, Field]) -> dict[str, Any]:
+        """The body's fields; names that nobody knows are told in a header."""
+        values, ignored = read_fields(parse_json(self.body), table, self.server.models.spec.backend, self.server.strict)
+        self.server.note_ignored(ignored)
+        if ignored:
+            self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in ignored[:32])))
+        return values
 
     def post_chat_completions(self) -> None:
-        values, ignored = read_fields(self.json_body())
-        headers = [("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in ignored[:32]))] if ignored else []
-        self.server.note_ignored(ignored)
+        values = self.read(CHAT)
+        check_together(values)
+        self.generate([chat_prompt(values)], values, CHAT_SHAPE)
+
+    def post_completions(self) -> None:
+        values = {"max_tokens": 16} | self.read(COMPLETIONS)
+        check_together(values)
+        self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE)
+
+    def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape) -> None:
+        told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
+        if told or self.server.record:
+            prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
-        job = self.server.models.submit(Prompt(values["messages"]), sampling, self.peer_gone)
+        job = self.server.models.submit(lambda engine: engine.submit(prompts, sampling), self.peer_gone)
         assert job.engine.info is not None
-        model = values.get("model") or self.server.models.model.id
         completion = Completion(
-            f"chatcmpl-{uuid.uuid4().hex}", model, job.engine.info.fingerprint, [Choice() for _ in range(sampling.n)]
+            shape.prefix + uuid.uuid4().hex,
+            values.get("model") or self.server.models.model.id,
+            job.engine.info.fingerprint,
+            [Choice() for _ in range(sampling.n * len(prompts))],
+            shape,
+            sampling.logprobs is not None,
+            constraint_of(values),
         )
         self.first_delta = 0.0
         try:
             if values.get("stream"):
-                self.stream(job, completion, Chunks(completion, values.get("stream_options", False)), values, headers)
+                self.stream(job, completion, values.get("stream_options", False), told)
             else:
                 for delta in self.deltas(job, completion, streaming=False):
-                    completion.add(delta)
-                self.reply(200, completion.reply(), headers)
+                    completion.choices[delta.choice].logprobs += delta.logprobs
+                self.reply(200, completion.reply() | (self.debug(job, completion) if told else {}))
+            self.server.note_request(self.path, self.body, self.request_id, completion, self.debug(job, completion))
         finally:
             job.cancel()
             self.log_note = self.describe(completion)
 
-    def stream(
-        self, job: Job, completion: Completion, chunks: Chunks, values: dict[str, Any], headers: list[tuple[str, str]]
-    ) -> None:
+    def stream(self, job: Job, completion: Completion, include_usage: bool, told: bool) -> None:
+        chunks = Chunks(completion, include_usage)
         for delta in self.deltas(job, completion, streaming=True):
-            completion.add(delta)
             data = chunks.delta(delta)
             if not self.streaming:
-                self.begin_stream(b"".join(map(chunks.role, range(len(completion.choices)))) + data, headers)
+                self.begin_stream(chunks.opening() + data)
             elif data:
                 self.write(self.framed(data))
-        last = chunks.usage(completion.usage()) if values.get("stream_options") else b""
+        last = chunks.last(**self.debug(job, completion)) if told else b""
+        if include_usage:
+            last += chunks.last(usage=completion.usage(), timings=completion.timings())
         self.write(self.framed(last + DONE))
         self.end_stream()
+
+    def debug(self, job: Job, completion: Completion) -> dict[str, Any]:
+        """What the model was given, for `return_prompt` and --record: enough to run the request again."""
+        info = job.engine.info
+        assert info is not None
+        engine = {"backend": info.backend, "library": info.library, "slots": info.slots, "threads": info.threads}
+        return {
+            "debug": {"prompts": [asdict(d) for d in completion.details], "engine": engine, "fingerprint": info.fingerprint}
+        }
 
     def deltas(self, job: Job, completion: Completion, streaming: bool) -> Iterator[Delta]:
         """The job's deltas until all its choices have finished. Raises its errors, PeerGone, and 504.
@@ -804,20 +1264,22 @@ class Handler(BaseHTTPRequestHandler):
                 look = now + PEER_CHECK_S
                 if self.peer_gone():
                     raise PeerGone
-            if clock and now - clock > self.server.request_timeout:
-                self.server.models.suspect(job.engine, self.server.request_timeout)
+            if clock and now - clock > self.server.request_timeout and not (streaming and events):
+                job.engine.check_silence(self.server.request_timeout * 0.9)
                 raise ApiError(504, f"No answer within {self.server.request_timeout:g} s (--request-timeout).", code="timeout")
             for event in merge(events):
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Started):
-                    completion.prompt_tokens, completion.cached_tokens = event.prompt_tokens, event.cached_tokens
-                    clock = now
-                    continue
-                self.first_delta = self.first_delta or now
-                clock = now if streaming else clock
-                left -= event.finish is not None
-                yield event
+                    completion.start(event)
+                    clock = clock or now
+                elif isinstance(event, Details):
+                    completion.details.append(event)
+                elif isinstance(event, Delta):
+                    self.first_delta = self.first_delta or now
+                    left -= event.finish is not None
+                    yield completion.add(event)
+                    clock = time.monotonic() if streaming else clock  # what the client took to read is not the engine's
 
     def describe(self, completion: Completion) -> str:
         """The rest of the log line: what was asked of the engine, and how fast it was."""
@@ -832,6 +1294,88 @@ class Handler(BaseHTTPRequestHandler):
             note += f" ttft={(first - self.started) * 1000:.0f}ms tokens/s={rate:.1f}"
         return note + f" finish={','.join(c.finish or 'none' for c in completion.choices)}"
 
+    # ── POST routes that ask the engine without generating ──
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """One call to the engine."""
+        job = self.server.models.submit(lambda engine: engine.call(name, arguments), self.peer_gone)
+        until = time.monotonic() + self.server.request_timeout
+        try:
+            while time.monotonic() < until:
+                for event in job.take(PEER_CHECK_S):
+                    if isinstance(event, Answer):
+                        return event.value
+                    if isinstance(event, Exception):
+                        raise event
+                if self.peer_gone():
+                    raise PeerGone
+        finally:
+            job.cancel()
+        raise ApiError(504, f"No answer within {self.server.request_timeout:g} s (--request-timeout).", code="timeout")
+
+    def post_embeddings(self) -> None:
+        values = self.read(EMBEDDINGS)
+        prompts = require(values, "input", EMBEDDINGS)
+        if not self.server.models.spec.embeddings:
+            raise ApiError(
+                400, "Start the server with --embeddings (and --backend llamacpp).", "model", "unsupported_parameter"
+            )
+        answer = self.ask("embed", prompts=prompts)
+        data = [embedding(i, vector, values) for i, vector in enumerate(answer["vectors"])]
+        usage = {"prompt_tokens": answer["tokens"], "total_tokens": answer["tokens"]}
+        model = values.get("model") or self.server.models.model.id
+        self.reply(200, {"object": "list", "data": data, "model": model, "usage": usage})
+
+    def post_tokenize(self) -> None:
+        values = self.read(TOKENIZE)
+        given = [values[name] for name in ("content", "prompt", "text") if name in values]
+        if len(given) + ("messages" in values) != 1:
+            raise ApiError(400, "Give one of 'content', 'prompt', 'text' and 'messages'.", "content")
+        special = values.get("add_special", values.get("add_special_tokens", True))
+        prompt = Prompt(text=given[0]) if given else chat_prompt(values)
+        with_pieces, strings = values.get("with_pieces"), values.get("return_token_strs")
+        answer = self.ask("tokenize", prompt=prompt, add_special=special, pieces=bool(with_pieces or strings))
+        pieces = answer.pop("pieces", ())
+        if strings:
+            answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+        if with_pieces:
+            answer["tokens"] = [
+                {"id": i, "piece": piece_json(piece)} for i, piece in zip(answer["tokens"], pieces, strict=True)
+            ]
+        self.reply(200, answer)
+
+    def post_detokenize(self) -> None:
+        text = self.ask("detokenize", tokens=require(self.read(DETOKENIZE), "tokens", DETOKENIZE))
+        self.reply(200, {"content": text, "prompt": text})  # llama-server's name, and vLLM's
+
+    def post_apply_template(self) -> None:
+        self.reply(200, {"prompt": self.ask("render", prompt=chat_prompt(self.read(TEMPLATE)))})
+
+
+def piece_json(piece: bytes) -> str | list[int]:
+    """llama-server's rule: a string, or the bytes where they are half a character."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+def embedding(index: int, vector: list[float], values: dict[str, Any]) -> dict[str, Any]:
+    """One row of the embeddings reply; base64 is what the official SDK asks for."""
+    wanted = values.get("dimensions", len(vector))
+    if wanted > len(vector):
+        raise ApiError(400, f"'dimensions' must be at most {len(vector)} for this model.", "dimensions")
+    if wanted < len(vector):
+        vector = vector[:wanted]
+        length = sum(x * x for x in vector) ** 0.5 or 1.0
+        vector = [x / length for x in vector]
+    packed = (
+        base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        if values.get("encoding_format") == "base64"
+        else vector
+    )
+    return {"object": "embedding", "index": index, "embedding": packed}
+
 
 Action = Callable[..., None]
 ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Allow follow from it
@@ -840,7 +1384,14 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/healthz": {"GET": Handler.get_healthz},
     "/models": {"GET": Handler.get_models},
     "/models/{id}": {"GET": Handler.get_model},
+    "/capabilities": {"GET": Handler.get_capabilities},
+    "/tokenizer_info": {"GET": Handler.get_tokenizer_info},
     "/chat/completions": {"POST": Handler.post_chat_completions},
+    "/completions": {"POST": Handler.post_completions},
+    "/embeddings": {"POST": Handler.post_embeddings},
+    "/tokenize": {"POST": Handler.post_tokenize},
+    "/detokenize": {"POST": Handler.post_detokenize},
+    "/apply-template": {"POST": Handler.post_apply_template},
 }
 OPEN_TO_ALL = {Handler.get_root, Handler.get_health, Handler.get_healthz}  # no API key needed
 
@@ -874,8 +1425,11 @@ class Server(ThreadingHTTPServer):
         api_key: str = "",
         request_timeout: float = 600,
         max_body: int = 16 << 20,
+        strict: bool = False,
+        record: str = "",
     ):
         self.models, self.api_key, self.request_timeout, self.max_body = models, api_key, request_timeout, max_body
+        self.strict, self.record, self.record_lock = strict, record, threading.Lock()
         self.draining = False
         self.busy = Busy()
         self.ignored_seen: set[str] = set()
@@ -891,11 +1445,36 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            request: tuple[Any, Any] = super().get_request()
+            return request
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)  # no file numbers left: the connection stays in the backlog, and we do not spin
+            raise
+
     def note_ignored(self, names: list[str]) -> None:
-        for name in names:
+        for name in (name[:64] for name in names):
             if name not in self.ignored_seen and len(self.ignored_seen) < 1000:
                 self.ignored_seen.add(name)
                 log.warning("request field %.64r is unknown and ignored (said once)", name)
+
+    def note_request(self, path: str, body: bytes, request_id: str, completion: Completion, debug: dict[str, Any]) -> None:
+        """--record: one line of JSON per answered request, enough for examples/replay.py to run it again."""
+        if not self.record:
+            return
+        answers = [{"text": "".join(choice.text), "finish_reason": choice.finish} for choice in completion.choices]
+        line = {
+            "time": completion.created,
+            "request_id": request_id,
+            "id": completion.id,
+            "path": path,
+            "body": parse_json(body),
+        }
+        data = compact(line | debug | {"usage": completion.usage(), "choices": answers}) + b"\n"
+        with self.record_lock, open(self.record, "ab") as f:
+            f.write(data)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("connection of %s", client_address, exc_info=True)
@@ -929,6 +1508,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default=os.environ.get("API_KEY", ""),
         metavar="KEY",
         help="ask clients for this key; default: the environment's API_KEY, else none",
+    )
+    server.add_argument(
+        "--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them"
+    )
+    server.add_argument(
+        "--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py"
     )
     server.add_argument(
         "--grace",
@@ -968,7 +1553,12 @@ class Service:
         self.models = model_init.init(args)
         try:
             self.server = Server(
-                (args.host, args.port), self.models, api_key=args.api_key, request_timeout=args.request_timeout
+                (args.host, args.port),
+                self.models,
+                api_key=args.api_key,
+                request_timeout=args.request_timeout,
+                strict=args.strict,
+                record=args.record,
             )
         except OSError as error:
             raise UsageError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
@@ -1011,6 +1601,7 @@ class Service:
                 self.models.engine.kill()
             os._exit(128 + number)
         self.stopping = True
+        self.models.stop_restarting()
         log.info("stopping: running answers have %g s (once more: at once)", self.args.grace)
         threading.Thread(target=self.server.shutdown).start()  # serve_forever runs in this very thread: do not wait for it
 

@@ -13,7 +13,9 @@ count = int(sys.argv[2]) if len(sys.argv) > 2 else 16
 
 def ask(i: int) -> tuple[str, int]:
     fields = {"messages": [{"role": "user", "content": f"Tell me one fact about the number {i}."}], "max_tokens": 48, "seed": i}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(fields).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request) as reply:
         answer = json.load(reply)
     return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]

@@ -115,5 +115,5 @@ def served(request, demo):
     """The demo model on each engine that is installed."""
     if lack := missing_library(request.param):
         pytest.skip(lack)
-    with serve(demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384)) as served:
+    with serve(demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384, embeddings=request.param == "llamacpp")) as served:
         yield served

@@ -3,6 +3,8 @@
 import os
 import time
 
+from backends import Step
+
 SLOTS, CONTEXT, EOS = 2, 200, 0
 
 
@@ -15,7 +17,7 @@ class Scripted:
     def __init__(self, spec, progress):
         self.folder, self.slots, self.threads, self.context, self.cache_tokens = spec.path, spec.slots, 1, CONTEXT, 4096
         self.eos, self.defaults, self.library = frozenset([EOS]), {}, "scripted 1"
-        self.live, self.next = {}, 0
+        self.live, self.next, self.vocabulary, self.bos, self.template = {}, 0, 256, -1, self
         progress(0.5)
         if os.path.exists(f"{self.folder}/fail"):
             raise RuntimeError("the script says: no")
@@ -27,13 +29,15 @@ class Scripted:
         with open(f"{self.folder}/log", "a") as f:
             f.write(text + "\n")
 
-    def encode(self, prompt):
-        text = prompt.messages[-1]["content"]
+    def render(self, prompt):
+        return prompt.messages[-1]["content"]
+
+    def tokenize(self, text, add_special):
         if text == "badencode":
             raise RuntimeError("cannot encode")
         return list(text.encode())
 
-    def piece(self, token):
+    def piece(self, token, special):
         return bytes([token])
 
     def start(self, ids, sampling):
@@ -59,7 +63,7 @@ class Scripted:
                 if verb == "hang":
                     time.sleep(1000)
                 raise RuntimeError("the script raises")
-        return [(seq, [next(script)]) for seq, (_, script, _) in self.live.items()]
+        return [Step(seq, [next(script)]) for seq, (_, script, _) in self.live.items()]
 
     def cancel(self, seq):
         self.live.pop(seq)

@@ -55,8 +55,8 @@ def test_errors(client):
         client.chat.completions.create(model="m", messages=MESSAGES, temperature=9)
     assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="m", messages=MESSAGES, logprobs=True)
-    assert caught.value.param == "logprobs"
+        client.chat.completions.create(model="m", messages=MESSAGES, tool_choice="required")
+    assert caught.value.param == "tool_choice"
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=10**6)
     assert caught.value.code == "context_length_exceeded"

@@ -1,6 +1,7 @@
 """The engine loop and its handle, without HTTP: order, slots, full queue, cancellation, death, close."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ class Script:
     def __init__(self, folder, slots=2, max_jobs=4):
         self.folder, self.changes = Path(folder), []
         self.engine = Engine(
-            EngineSpec("scripted:Scripted", str(folder), slots), max_jobs, lambda e: self.changes.append(e.progress)
+            EngineSpec("scripted:Scripted", str(folder), slots), max_jobs, 60, lambda e: self.changes.append(e.progress)
         )
 
     def ready(self):
@@ -38,7 +39,7 @@ class Script:
         return self
 
     def submit(self, words, **sampling):
-        return self.engine.submit(prompt(words), Sampling(**sampling))
+        return self.engine.submit([prompt(words)], Sampling(**sampling))
 
     def calls(self):
         return (self.folder / "log").read_text().splitlines()
@@ -60,7 +61,7 @@ def test_load_tells_its_progress(script):
 
 def test_a_job(script):
     events = finish(script.submit("echo héllo"))
-    assert events[0] == Started(11, 3)
+    assert events[0] == replace(Started(11, 3), at=events[0].at)
     assert text(events) == "héllo"
     assert sum(e.tokens for e in events[1:]) == 7  # six bytes and EOS
     assert events[-1].finish == "stop"
@@ -171,3 +172,52 @@ def test_close_is_polite(script):
     script.engine.close()
     assert script.calls()[-1] == "close"
     assert isinstance(finish(job)[-1], EngineFailed)
+
+
+def test_what_cannot_be_pickled_is_refused(script):
+    """Pickle gives up on nesting before JSON does; the writer thread must not meet it."""
+    nested = []
+    for _ in range(900):
+        nested = [nested]
+    with pytest.raises(Refused):
+        script.engine.submit([Prompt(({"role": "user", "content": "echo x", "tool_calls": nested},))], Sampling())
+    assert script.engine.jobs == {}
+    assert text(finish(script.submit("echo x"))) == "x"
+
+
+def test_an_engine_that_hangs_with_nobody_waiting_is_killed(tmp_path):
+    script = Script(tmp_path)
+    script.engine.patience = 0
+    script.ready()
+    job = script.submit("hang")
+    until(lambda: job.running)
+    late = script.submit("echo x")
+    job.cancel()
+    assert isinstance(finish(late)[-1], EngineFailed)
+    until(lambda: script.engine.dead)
+
+
+def test_a_long_step_is_not_a_hang(script):
+    """A living engine speaks once a second, also when it has nothing to tell."""
+    job = script.submit("forever")
+    until(lambda: job.running)
+    before = script.engine.heard
+    until(lambda: script.engine.heard > before)
+    job.cancel()
+
+
+def test_nothing_is_left_of_a_dead_engine(script):
+    import threading
+
+    script.engine.process.kill()
+    until(lambda: script.engine.dead)
+    until(lambda: not [t for t in threading.enumerate() if t is script.engine.reader])
+    assert script.engine.conn.closed
+
+
+def test_prompts_and_choices_are_numbered(script):
+    job = script.engine.submit([prompt("echo a"), prompt("echo b")], Sampling(n=2))
+    events = finish_all(job, 4)
+    shown = {i: "".join(e.text for e in events if isinstance(e, Delta) and e.choice == i) for i in range(4)}
+    assert shown == {0: "a", 1: "a", 2: "b", 3: "b"}
+    assert sum(e.prompt_tokens for e in events if isinstance(e, Started)) == 12

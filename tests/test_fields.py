@@ -5,18 +5,42 @@ import json
 import pytest
 
 from backends import Sampling
-from openai_api_endpoint import FIELDS, INERT, REFUSED, ApiError, parse_json, read_fields, sampling_from
+from openai_api_endpoint import (
+    ALIASES,
+    BODIES,
+    CHAT,
+    COMPLETIONS,
+    INERT,
+    ApiError,
+    Prompt,
+    chat_prompt,
+    check_together,
+    parse_json,
+    read_fields,
+    sampling_from,
+)
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def read(**fields):
-    return read_fields({"messages": MESSAGES, **fields})
+def read(table=CHAT, engine="llamacpp", strict=False, **fields):
+    given = {"messages": MESSAGES} if table is CHAT else {"prompt": "hi"}
+    values, ignored = read_fields({**given, **fields}, table, engine, strict)
+    check_together(values)
+    if table is CHAT:
+        chat_prompt(values)
+    return values, ignored
 
 
 GOOD = [
     ({}, Sampling()),
     ({"temperature": 0}, Sampling(temperature=0)),
+    ({"temperature": 1e-320, "top_p": 1e-320}, Sampling(temperature=0, top_p=1e-6)),
+    ({"logprobs": True, "top_logprobs": 5}, Sampling(logprobs=5)),
+    ({"logprobs": True}, Sampling(logprobs=0)),
+    ({"logit_bias": {"5": -100, "7": 2.5}}, Sampling(logit_bias=((5, -100), (7, 2.5)))),
+    ({"stop": [3], "stop_token_ids": [4]}, Sampling(stop_token_ids=(3, 4))),
+    ({"min_tokens": 4, "ignore_eos": True}, Sampling(min_tokens=4, ignore_eos=True)),
     ({"temperature": 2, "top_p": 1, "min_p": 0.5}, Sampling(temperature=2, top_p=1, min_p=0.5)),
     ({"top_k": 0}, Sampling(top_k=0)),
     ({"top_k": -1}, Sampling(top_k=0)),
@@ -84,15 +108,19 @@ BAD = [
     ({"model": 3}, "model"),
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"model": "m" * 257}, "model"),
     ({"messages": "hi"}, "messages"),
     ({"messages": ["hi"]}, "messages[0]"),
     ({"messages": [*MESSAGES, {"role": "boss", "content": "x"}]}, "messages[1].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
-    ({"logprobs": True}, "logprobs"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"response_format": "json"}, "response_format"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
 ]
@@ -107,18 +135,104 @@ def test_refused_by_name(fields, param):
 
 
 def test_unknown_fields_are_listed():
-    assert read(bogus=1, user="u", other=None).ignored == ["bogus"]
+    assert read(bogus=1, user="u", other=None)[1] == ["bogus"]
+    with pytest.raises(ApiError) as caught:
+        read(bogus=1, strict=True)
+    assert (caught.value.status, caught.value.param) == (400, "bogus")
 
 
 def test_every_field_has_one_row():
-    names = [*FIELDS, *REFUSED, *INERT]
-    assert len(names) == len(set(names))
+    for table in BODIES.values():
+        assert not set(table) & {*INERT, *ALIASES}
+        assert all(name in {**CHAT, **COMPLETIONS} for name in ALIASES.values())
+
+
+@pytest.mark.parametrize(
+    ("table", "fields", "param"),
+    [
+        (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (CHAT, {"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+        (COMPLETIONS, {"logprobs": 1}, "logprobs"),
+        (COMPLETIONS, {"logprobs": 0, "echo": True}, "echo"),
+    ],
+)
+def test_what_one_engine_lacks(table, fields, param):
+    read(table, "llamacpp", **fields)
+    with pytest.raises(ApiError) as caught:
+        read(table, "openvino", **fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert "llamacpp can" in caught.value.message
+
+
+@pytest.mark.parametrize("engine", ["openvino", "llamacpp"])
+@pytest.mark.parametrize(
+    ("table", "fields"),
+    [
+        (CHAT, {"logit_bias": {}, "logprobs": False, "top_logprobs": 0, "n": 1, "min_p": 0, "top_k": 0, "top_p": 1}),
+        (CHAT, {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "stream": False}),
+        (CHAT, {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}}),
+        (CHAT, {"store": False, "service_tier": "default", "echo": False, "functions": [], "modalities": ["text"]}),
+        (CHAT, {"logprobs": True}),
+        (COMPLETIONS, {"suffix": "", "best_of": 1, "echo": False, "logprobs": 0}),
+        (COMPLETIONS, {"suffix": None, "best_of": 2, "n": 2, "echo": True}),
+    ],
+)
+def test_neutral_values_pass_on_every_engine(engine, table, fields):
+    read(table, engine, **fields)
+
+
+PROMPTS = [
+    ("a", [Prompt(text="a")]),
+    (["a", "b"], [Prompt(text="a"), Prompt(text="b")]),
+    ([1, 2], [Prompt(tokens=(1, 2))]),
+    ([[1, 2], [3]], [Prompt(tokens=(1, 2)), Prompt(tokens=(3,))]),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), PROMPTS)
+def test_prompts(given, expected):
+    assert read(COMPLETIONS, prompt=given)[0]["prompt"] == expected
+
+
+@pytest.mark.parametrize("given", [[], 3, {}, [None], [-1], [True], [[1, "a"]], [1.5], ["a"] * 257])
+def test_bad_prompts(given):
+    with pytest.raises(ApiError) as caught:
+        read(COMPLETIONS, prompt=given)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"what": 1}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos"),
+        ({"structured_outputs": {"choice": ["a"]}, "min_tokens": 1}, "min_tokens"),
+        ({"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+    ],
+)
+def test_refused_completions(fields, param):
+    with pytest.raises(ApiError) as caught:
+        read(COMPLETIONS, **fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
 
 
 @pytest.mark.parametrize("body", [[], "x", 3, None])
 def test_body_must_be_an_object(body):
     with pytest.raises(ApiError) as caught:
-        read_fields(body)
+        read_fields(body, CHAT)
     assert caught.value.status == 400
 
 
@@ -132,7 +246,7 @@ def test_messages():
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "t", "tool_call_id": "1"},
     ]
-    assert read_fields({"messages": sent}).values["messages"] == (
+    assert read_fields({"messages": sent}, CHAT).values["messages"] == (
         {"role": "system", "content": "ab"},
         {"role": "developer", "content": "d", "name": "n"},
         {"role": "user", "content": ""},
@@ -154,6 +268,9 @@ def test_messages():
         b'{"temperature":' + b"1" * 10_000 + b"}",
         b'{"a":"\\ud800"}',
         b'{"a":"\\UD800"}',
+        b'{"a":"\xed\xa0\x80"}',
+        '{"a":1}'.encode("utf-16"),
+        b"[" + b"{}," * 200_000 + b"{}]",
     ],
 )
 def test_json_that_would_hurt(body):

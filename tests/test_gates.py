@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from backends import Choice, Request, Sampling, StopGate
+from backends import Choice, Request, Sampling, Step, StopGate
 
 CASES = [  # text, stops, what is shown
     ("hello world", (), "hello world"),
@@ -47,15 +47,22 @@ def test_stop_gate_lets_through_what_cannot_be_a_stop():
     assert StopGate(("END",)).feed("some text E") == ("some text ", False)
 
 
-def choice(stop=(), stop_ids=(), max_tokens=100):
-    sampling = Sampling(max_tokens=max_tokens, stop=stop, stop_token_ids=stop_ids)
-    return Choice(Request(0, [1], sampling, frozenset([0])), 0)
+class Bytes:
+    """A token is a byte."""
+
+    def piece(self, token, special):
+        return bytes([token])
+
+
+def choice(stop=(), stop_ids=(), max_tokens=100, **fields):
+    sampling = Sampling(max_tokens=max_tokens, stop=stop, stop_token_ids=stop_ids, **fields)
+    return Choice(Request(0, "prompt", [1], 0, sampling, frozenset([0])), 0)
 
 
 def run(c, data, step=1):
     text, tokens = "", 0
     for at in range(0, len(data), step):
-        delta = c.take(list(data[at : at + step]), lambda t: bytes([t]))
+        delta = c.take(Step(0, list(data[at : at + step])), Bytes())
         text, tokens = text + delta.text, tokens + delta.tokens
         if delta.finish:
             return text, tokens, delta.finish
@@ -71,3 +78,11 @@ def test_choice_ends(step):
     assert run(choice(max_tokens=3), snow, step) == ("a\ufffd", 3, "length")  # cut inside a character
     assert run(choice(stop=("bcd",), max_tokens=5), snow, step) == ("a☃b", 5, "length")  # what was held comes out
     assert run(choice(stop=("bcd",)), snow + b"\0", step) == ("a☃b", 6, "stop")
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_choice_options(step):
+    assert run(choice(min_tokens=3, stop=("b",)), b"abcab\0", step) == ("abca", 5, "stop")
+    assert run(choice(ignore_eos=True, max_tokens=4), b"a\0bc", step) == ("a\0bc", 4, "length")
+    assert run(choice(echo=True), b"a\0", step) == ("prompta", 2, "stop")
+    assert run(choice(echo=True, max_tokens=0), b"a\0", step) == ("prompt", 0, "length")
