@@ -966,7 +966,7 @@ class Handler(BaseHTTPRequestHandler):
         if methods is None and path.startswith("/models/"):
             methods, argument = ROUTES["/models/{id}"], unquote(path[len("/models/") :])
         if methods is None:
-            raise ApiError(404, f"There is no {path}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
+            raise ApiError(404, f"There is no {path[:200]}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
         action = methods.get("GET" if self.command == "HEAD" else self.command)
         if action is None:
             allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
@@ -1473,8 +1473,11 @@ class Server(ThreadingHTTPServer):
             "body": parse_json(body),
         }
         data = compact(line | debug | {"usage": completion.usage(), "choices": answers}) + b"\n"
-        with self.record_lock, open(self.record, "ab") as f:
-            f.write(data)
+        try:
+            with self.record_lock, open(self.record, "ab") as f:
+                f.write(data)
+        except OSError as error:
+            log.error("--record %s: %s", self.record, error)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("connection of %s", client_address, exc_info=True)

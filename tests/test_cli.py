@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, until
@@ -133,9 +134,9 @@ class Command:
         self.url = re.search(r"listening on (\S+)", self.banner)[1]
 
     def engines(self):
-        """Process ids of the children."""
-        done = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
-        return [int(line.split()[0]) for line in done.stdout.splitlines() if "spawn_main" in line]
+        """Process ids of the engine processes."""
+        children = " ".join(p.read_text() for p in Path(f"/proc/{self.process.pid}/task").glob("*/children")).split()
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def end(self):
         if self.process.poll() is None:
@@ -193,11 +194,47 @@ def test_sigterm_lets_a_stream_finish(command):
     until(lambda: not any(map(alive, engines)))
 
 
+def test_a_signal_to_the_whole_group_lets_a_stream_finish(command):
+    """As a service manager or a terminal sends it: the engine waits for the server's word."""
+    server = command()
+    reply = ask(server.url, stream=True, max_tokens=100, temperature=0.1)
+    reply.readline()
+    os.killpg(server.process.pid, signal.SIGTERM)
+    assert reply.read().rstrip().endswith(b"data: [DONE]")
+    assert server.process.wait(20) == 0
+
+
+def test_a_closed_stdout_is_no_harm(demo):
+    """The banner goes nowhere, and the server serves."""
+    pipe = subprocess.Popen(
+        [sys.executable, SCRIPT, "-p", "0", "-m", str(demo.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    pipe.stdout.close()
+    try:
+        port = next(re.search(r"port (\d+)", line)[1] for line in pipe.stderr if "listening" in line)
+        until(lambda: health(port) == 200)
+        time.sleep(2)
+        assert health(port) == 200
+        assert ask(f"http://localhost:{port}", max_tokens=2).status == 200
+    finally:
+        pipe.terminate()
+        pipe.wait(20)
+        pipe.stderr.close()
+
+
+def health(port):
+    try:
+        return urllib.request.urlopen(f"http://localhost:{port}/health").status
+    except OSError:
+        return 0
+
+
 def test_grace_is_limited_and_a_second_signal_is_at_once(command):
     server = command("--grace", "60")
     reply = ask(server.url, stream=True, max_tokens=3000, temperature=1.5)
     reply.readline()
     engines = server.engines()
+    assert engines
     server.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert server.process.poll() is None
@@ -209,6 +246,7 @@ def test_grace_is_limited_and_a_second_signal_is_at_once(command):
 def test_the_engine_ends_with_a_killed_server(command):
     server = command()
     engines = server.engines()
+    assert engines
     server.process.kill()
     until(lambda: not any(map(alive, engines)))
 

@@ -190,7 +190,7 @@ def test_an_engine_that_hangs_with_nobody_waiting_is_killed(tmp_path):
     script.engine.patience = 0
     script.ready()
     job = script.submit("hang")
-    until(lambda: job.running)
+    until(lambda: "hang" in script.calls())
     late = script.submit("echo x")
     job.cancel()
     assert isinstance(finish(late)[-1], EngineFailed)
