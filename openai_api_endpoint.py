@@ -657,8 +657,11 @@ def parse_json(body: bytes) -> Any:
 # ───────────────────────────────────────────── the reply, pure functions ─────────────────────────────────────────
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every call
+
+
 def compact(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return ENCODER.encode(value).encode("utf-8", "replace")
 
 
 class Choice:
@@ -706,7 +709,7 @@ class Completion:
         choice.text.append(delta.text)
         if self.constraint and delta.finish == "stop" and (wrong := self.constraint.check("".join(choice.text))):
             log.info("%s: a stop string or token has cut a constrained text: %s", self.id, wrong)
-            delta = replace(delta, finish="length")
+            delta = delta._replace(finish="length")
         choice.finish = delta.finish
         return delta
 
@@ -868,8 +871,8 @@ def merge(events: list[Event]) -> Iterator[Event]:
         if not isinstance(event, Delta):
             yield event
         elif old := merged.get(event.choice):
-            merged[event.choice] = replace(
-                event, text=old.text + event.text, tokens=old.tokens + event.tokens, logprobs=old.logprobs + event.logprobs
+            merged[event.choice] = event._replace(
+                text=old.text + event.text, tokens=old.tokens + event.tokens, logprobs=old.logprobs + event.logprobs
             )
         else:
             merged[event.choice] = event
