@@ -67,6 +67,11 @@ def sse(raw):
     return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
+def cancelled_at(calls, seq):
+    """After how many steps the scripted backend was told to drop a sequence; `forever` ends by itself near 2,000."""
+    return next((int(line.split()[-1]) for line in calls if line.startswith(f"cancel {seq} ")), 0)
+
+
 def until(condition, timeout=60):
     end = time.monotonic() + timeout
     while not condition():

@@ -5,7 +5,7 @@ import time
 
 from backends import Step
 
-SLOTS, CONTEXT, EOS = 2, 200, 0
+CONTEXT, EOS = 2000, 0
 
 
 class Scripted:
@@ -54,7 +54,7 @@ class Scripted:
     def step(self):
         while os.path.exists(f"{self.folder}/hold"):
             time.sleep(0.002)
-        time.sleep(0.002)
+        time.sleep(0.001)
         for verb, _, count in self.live.values():
             if next(count) == 2 and verb in ("die", "raise", "hang"):
                 self.note(verb)
@@ -66,8 +66,8 @@ class Scripted:
         return [Step(seq, [next(script)]) for seq, (_, script, _) in self.live.items()]
 
     def cancel(self, seq):
-        self.live.pop(seq)
-        self.note(f"cancel {seq}")
+        _, _, count = self.live.pop(seq)
+        self.note(f"cancel {seq} at {next(count)}")
 
     def close(self):
         self.note("close")

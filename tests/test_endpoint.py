@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import serve_scripted, sse, until
+from conftest import cancelled_at, serve_scripted, sse, until
 
 CHAT = "/v1/chat/completions"
 
@@ -166,7 +166,7 @@ def test_errors_name_the_field(scripted):
             "code": None,
         },
     )
-    status, error, _ = scripted.chat("x" * 300, stream=True)
+    status, error, _ = scripted.chat("x" * 3000, stream=True)
     assert (status, error["error"]["code"]) == (400, "context_length_exceeded")
     assert scripted.chat("badencode", stream=True)[0] == 500
 
@@ -278,10 +278,10 @@ def test_bad_framing_gets_one_error_and_the_end(scripted, request_bytes, status)
 
 
 def test_a_refused_body_does_not_reset_the_connection(tmp_path):
-    with serve_scripted(tmp_path, max_body=1000) as served:
-        big = body("x" * 3_000_000)
+    with serve_scripted(tmp_path, max_body=3000) as served:
+        big = body("x" * 30_000_000)
         assert statuses(raw(served, sized(big))) == [413]
-        assert served.chat("x" * 900)[0] == 400  # within the limit, and too long for the context
+        assert served.chat("x" * 2900)[0] == 400  # within the limit, and too long for the context
 
 
 def test_absolute_form(scripted):
@@ -308,7 +308,8 @@ def test_a_client_that_leaves_frees_its_slot(scripted, stream):
     until(lambda: scripted.models.running() == 1)
     sock.close()
     idle(scripted)
-    until(lambda: "cancel 1" in scripted.calls())
+    until(lambda: cancelled_at(scripted.calls(), 1))
+    assert cancelled_at(scripted.calls(), 1) < 1000
 
 
 def test_a_client_that_leaves_the_queue_frees_its_place(scripted):
@@ -329,7 +330,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place(scripted):
 
 
 def test_a_reader_that_stalls_costs_only_itself(scripted):
-    sock = leave_after(scripted, body("forever", stream=True, max_tokens=150), b"content")
+    sock = leave_after(scripted, body("forever", stream=True, max_tokens=600), b"content")
     assert [scripted.chat("echo b")[0] for _ in range(5)] == [200] * 5
     sock.close()
     idle(scripted)
@@ -356,6 +357,7 @@ def test_engine_dies_in_mid_stream_and_comes_back(scripted):
     while b"[DONE]" not in out:
         out += sock.recv(65536)
     error, done = out.split(b"data: ")[-2:]
+    assert re.search(rb'(^|\n)[0-9a-f]+\r\ndata: \{"error"', out)  # a chunk of its own
     assert json.loads(error.split(b"\n")[0])["error"]["type"] == "server_error"
     assert done.startswith(b"[DONE]")
     until(lambda: scripted.request("GET", "/health")[0] == 503)
@@ -371,6 +373,15 @@ def test_engine_dies_in_mid_stream_and_comes_back(scripted):
     thread.join()
     assert results[0][1]["choices"][0]["message"]["content"] == "back"
     assert scripted.request("GET", "/health")[0] == 200
+
+
+def test_an_engine_that_dies_twice_comes_back_after_a_pause(scripted):
+    for _ in range(2):
+        engine = scripted.models.engine
+        engine.process.kill()
+        until(lambda engine=engine: engine.dead)
+        assert scripted.chat("echo back")[1]["choices"][0]["message"]["content"] == "back"
+    assert scripted.calls().count("load") == 3
 
 
 def test_timeout(tmp_path):
@@ -393,13 +404,13 @@ def test_an_engine_that_hangs_is_replaced(tmp_path):
 
 def test_long_answers_do_not_time_out_when_streaming(tmp_path):
     with serve_scripted(tmp_path, request_timeout=0.2) as served:
-        assert sum("content" in c["choices"][0]["delta"] for c in served.stream("forever", max_tokens=150)) > 2
-        assert served.chat("forever", max_tokens=190)[0] == 504
+        assert sum("content" in c["choices"][0]["delta"] for c in served.stream("forever", max_tokens=600)) > 2
+        assert served.chat("forever", max_tokens=1900)[0] == 504
 
 
 def test_a_slow_reader_is_not_a_slow_engine(tmp_path):
     with serve_scripted(tmp_path, request_timeout=0.5) as served:
-        sock = leave_after(served, body("forever", stream=True, max_tokens=150), b"content")
+        sock = leave_after(served, body("forever", stream=True, max_tokens=600), b"content")
         time.sleep(1.5)
         out = b""
         while b"[DONE]" not in out:
@@ -460,7 +471,7 @@ def test_return_prompt(scripted):
         assert (prompt["sampling"]["seed"], prompt["sampling"]["temperature"], prompt["sampling"]["max_tokens"]) == (
             5,
             0.7,
-            193,
+            1993,
         )
         assert reply["debug"]["engine"]["library"] == "scripted 1"
     assert isinstance(scripted.chat("echo hi", return_prompt=True)[1]["debug"]["prompts"][0]["sampling"]["seed"], int)
@@ -484,7 +495,7 @@ def test_tokenize(scripted):
         assert scripted.request("POST", "/tokenize", {name: "hé"})[1] == {
             "tokens": list("hé".encode()),
             "count": 3,
-            "max_model_len": 200,
+            "max_model_len": 2000,
         }
     reply = scripted.request("POST", "/v1/tokenize", {"content": "hé", "with_pieces": True})[1]
     assert reply["tokens"] == [{"id": 104, "piece": "h"}, {"id": 195, "piece": [195]}, {"id": 169, "piece": [169]}]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import cancelled_at, until
 
 from backends import Delta, Engine, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
 
@@ -55,7 +55,7 @@ def script(tmp_path):
 def test_load_tells_its_progress(script):
     assert script.changes == [0.5, 1.0]
     info = script.engine.info
-    assert (info.slots, info.context, info.library) == (2, 200, "scripted 1")
+    assert (info.slots, info.context, info.library) == (2, 2000, "scripted 1")
     assert info.fingerprint.startswith("fp_")
 
 
@@ -110,9 +110,10 @@ def test_cancel_active_frees_the_slot(script):
     jobs[0].cancel()
     jobs[0].cancel()  # harmless
     assert text(finish(waiting)) == "x"
-    assert "cancel 1" in script.calls()
+    assert cancelled_at(script.calls(), 1) < 1000
     jobs[1].cancel()
-    until(lambda: "cancel 2" in script.calls())
+    until(lambda: cancelled_at(script.calls(), 2))
+    assert cancelled_at(script.calls(), 2) < 1000
     assert script.engine.jobs == {}
 
 
@@ -127,15 +128,15 @@ def test_cancel_waiting_frees_its_place(script):
 
 
 def test_what_cannot_fit_is_refused(script):
-    (refusal,) = finish(script.submit("x" * 200))
+    (refusal,) = finish(script.submit("x" * 2000))
     assert isinstance(refusal, Refused)
     assert refusal.code == "context_length_exceeded"
-    (refusal,) = finish(script.submit("x" * 100, max_tokens=101))
-    assert "100 tokens and max_tokens is 101" in refusal.message
+    (refusal,) = finish(script.submit("x" * 1000, max_tokens=1001))
+    assert "1000 tokens and max_tokens is 1001" in refusal.message
     (refusal,) = finish(script.submit("x" * 1_000_000))
     assert "far longer" in refusal.message
-    events = finish(script.submit("forever" + "x" * 93))
-    assert (events[0].prompt_tokens, sum(e.tokens for e in events[1:]), events[-1].finish) == (100, 100, "length")
+    events = finish(script.submit("forever" + "x" * 1893))
+    assert (events[0].prompt_tokens, sum(e.tokens for e in events[1:]), events[-1].finish) == (1900, 100, "length")
     assert script.engine.jobs == {}
 
 
