@@ -34,7 +34,7 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -70,6 +70,7 @@ class Sampling:
     """How to sample. None means: the model's own generation_config, else FALLBACK. top_k 0 is off."""
 
     max_tokens: int | None = None  # None: what the context has left after the prompt; 0 only with echo
+    cut: bool = False  # max_tokens is a default: cut down to what the context has left, instead of refused
     temperature: float | None = None  # 0 is greedy
     top_p: float | None = None
     top_k: int | None = None
@@ -93,6 +94,7 @@ class Sampling:
         return self.echo and self.logprobs is not None
 
 
+MANY_PROMPTS = 8  # in one request; more are read one by one between steps
 FALLBACK = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}  # where neither the request nor the model says
 
 
@@ -153,6 +155,10 @@ class EngineFailed(Exception):
     """The engine broke under this request, or died (HTTP 500)."""
 
 
+class Unloading(EngineFailed):
+    """The model leaves memory before the job has got a slot."""
+
+
 class QueueFull(Exception):
     """All slots are busy and the queue is full (HTTP 429)."""
 
@@ -171,6 +177,7 @@ class EngineSpec:
     cache_tokens: int | None = None  # KV cache over all slots; None: default_cache_tokens()
     chat_template: str | None = None  # Jinja source that takes the place of the model's own
     embeddings: bool = False  # also load what is needed for embeddings
+    length: int | None = None  # most tokens that a request may use; None: what the model and the cache allow
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +211,7 @@ class Step(NamedTuple):
     tokens: Sequence[int]
     logprobs: Sequence[Scored] = ()  # one for each token, where wanted
     scores: Sequence[Scored] = ()  # one for each prompt token, with the first of `tokens`, where wanted
+    refused: Refused | None = None  # the sequence cannot go on: its job is told so, and ends
 
 
 class Backend(Protocol):
@@ -235,7 +243,7 @@ class Backend(Protocol):
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]: ...
     def step(self) -> Iterable[Step]: ...
     def cancel(self, seq: int) -> None: ...
-    def embed(self, ids: list[int]) -> list[float]: ...
+    def embed(self, ids: list[int]) -> Iterator[list[float]]: ...  # in pieces; what comes last is the vector
     def close(self) -> None: ...
 
 
@@ -311,14 +319,15 @@ class Choice:
             may_end = self.taken > sampling.min_tokens
             ended = may_end and token in self.ends
             if step.logprobs:
-                logprobs.append(named(token, step.logprobs[i], backend, shown=not ended))
+                shown = not ended and bool(backend.piece(token, False))  # special tokens are no text
+                logprobs.append(named(token, step.logprobs[i], backend, shown))
             if ended:
-                finish, text = "stop", text + self.rest()
+                finish, text = "stop" if token in self.request.eos else "cut", text + self.rest()
                 break
             piece = self.utf8.decode(backend.piece(token, False))
             safe, hit = self.gate.feed(piece) if may_end else (piece, False)
             text += safe
-            finish = "stop" if hit else None
+            finish = "cut" if hit else None
         if not finish and self.taken >= (sampling.max_tokens or 0):
             finish, text = "length", text + self.rest()
         return Delta(self.index, text, count, finish, tuple(logprobs), time.monotonic())
@@ -346,6 +355,7 @@ class Request:
     """One prompt of a job inside the engine: its choices run as sequences of their own."""
 
     job: int
+    client: str  # who asks, for fairness
     text: str
     ids: list[int]
     hidden: int  # tokens at the beginning that the tokenizer added, and the client did not send
@@ -413,15 +423,31 @@ class EngineLoop:
 
     # ── jobs that generate ──
 
-    def submit(self, job: int, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        requests = self.guarded(job, "read", lambda: [self.prepare(job, prompt, sampling) for prompt in prompts])
-        for at, request in enumerate(requests or ()):
+    def submit(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> None:
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=random.getrandbits(32))  # one for the whole job: a record of it runs again
+        if len(prompts) > MANY_PROMPTS:
+            self.calls.append((job, self.read_many(job, prompts, sampling, client)))
+            return
+        requests = self.guarded(job, "read", lambda: [self.prepare(job, prompt, sampling, client) for prompt in prompts])
+        self.enqueue(job, prompts, sampling, requests or [])
+
+    def read_many(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> Iterator[None]:
+        """One prompt between two steps: to tokenize hundreds takes seconds."""
+        requests = []
+        for prompt in prompts:
+            requests.append(self.prepare(job, prompt, sampling, client))
+            yield None
+        self.enqueue(job, prompts, sampling, requests)
+
+    def enqueue(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, requests: list[Request]) -> None:
+        for at, request in enumerate(requests):
             first, *request.siblings = [Choice(request, at * sampling.n + i) for i in range(sampling.n)]
             self.waiting.append(first)
             if prompts[at].details:
                 self.out.append((job, Details(request.text, request.ids, asdict(request.sampling))))
 
-    def prepare(self, job: int, prompt: Prompt, sampling: Sampling) -> Request:
+    def prepare(self, job: int, prompt: Prompt, sampling: Sampling, client: str) -> Request:
         """Token ids, and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
         context = self.backend.context
         if prompt.least_tokens() > context:
@@ -432,7 +458,7 @@ class EngineLoop:
             raise Refused("The prompt is empty.", "prompt")
         if room < (sampling.max_tokens != 0):
             raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
+        if sampling.max_tokens is not None and sampling.max_tokens > room and not sampling.cut:
             asked = f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they"
             raise too_long(asked, "exceed", context)
         for token, _ in sampling.logit_bias:
@@ -443,15 +469,24 @@ class EngineLoop:
         defaults = FALLBACK | self.backend.defaults
         sampling = replace(
             sampling,
-            max_tokens=room if sampling.max_tokens is None else sampling.max_tokens,
-            seed=random.getrandbits(32) if sampling.seed is None else sampling.seed,
+            cut=False,
+            max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
         )
-        return Request(job, text, ids, hidden, sampling, self.backend.eos)
+        return Request(job, client, text, ids, hidden, sampling, self.backend.eos)
+
+    def next_waiting(self) -> Choice:
+        """The first of the client that has the fewest slots: nobody's many requests starve another's one."""
+        if len(self.waiting) == 1:
+            return self.waiting.popleft()
+        running = Counter(choice.request.client for choice in self.active.values())
+        choice = min(self.waiting, key=lambda choice: running[choice.request.client])
+        self.waiting.remove(choice)
+        return choice
 
     def admit(self) -> None:
         while self.waiting and len(self.active) < self.backend.slots:
-            choice = self.waiting.popleft()
+            choice = self.next_waiting()
             request, sampling = choice.request, choice.request.sampling
             assert sampling.seed is not None
             if sampling.max_tokens == 0 and not sampling.scores_prompt:  # a mere echo needs no engine
@@ -472,8 +507,13 @@ class EngineLoop:
         if not self.active:
             return
         for step in self.backend.step():
-            choice = self.active[step.seq]
-            if self.emit(choice, step):
+            choice = self.active.get(step.seq)
+            if choice is None:
+                continue  # its job has just been refused
+            if step.refused:
+                self.cancel(choice.request.job)
+                self.out.append((choice.request.job, step.refused))
+            elif self.emit(choice, step):
                 del self.active[step.seq]
                 self.backend.cancel(step.seq)
 
@@ -502,7 +542,7 @@ class EngineLoop:
         if not self.calls:
             return
         job, work = self.calls.popleft()
-        for value in self.guarded(job, "answer", lambda: [next(work)]) or ():
+        for value in self.guarded(job, "answer", lambda: [*itertools.islice(work, 1)]) or ():
             if value is None:
                 self.calls.append((job, work))  # more to do; the others first
             else:
@@ -530,7 +570,8 @@ def encode(backend: Backend, prompt: Prompt) -> tuple[str, list[int], int]:
 def call_tokenize(backend: Backend, prompt: Prompt, add_special: bool, pieces: bool) -> Iterator[dict[str, Any]]:
     if prompt.least_tokens() > 4 * backend.context:
         raise too_long("the text", "is far longer than", backend.context)
-    ids = backend.tokenize(prompt.text, add_special) if prompt.text is not None else encode(backend, prompt)[1]
+    text = backend.template.render(prompt) if prompt.messages is not None else prompt.text or ""
+    ids = backend.tokenize(text, add_special)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": backend.context}
     if pieces:
         answer["pieces"] = [backend.piece(token, True) for token in ids]
@@ -546,7 +587,7 @@ def call_render(backend: Backend, prompt: Prompt) -> Iterator[str]:
 
 
 def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any] | None]:
-    """One prompt between two steps, so that running answers go on."""
+    """One piece of a prompt between two steps, so that running answers go on."""
     vectors, tokens = [], 0
     for prompt in prompts:
         if prompt.least_tokens() > backend.context:
@@ -554,9 +595,11 @@ def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str
         _, ids, _ = encode(backend, prompt)
         if not ids:
             raise Refused("An input is empty.", "input")
-        vectors.append(backend.embed(ids))
+        vector: list[float] = []
+        for vector in backend.embed(ids):  # noqa: B007 (the last one counts)
+            yield None
+        vectors.append(vector)
         tokens += len(ids)
-        yield None
     yield {"vectors": vectors, "tokens": tokens}
 
 
@@ -568,9 +611,9 @@ CALLS: dict[str, Callable[..., Iterator[Any]]] = {
 }
 
 
-def too_long(subject: str, verb: str, context: int) -> Refused:
+def too_long(subject: str, verb: str, context: float) -> Refused:
     message = f"This model's context is {context} tokens, and {subject} {verb} it. Shorten the prompt or lower max_tokens."
-    return Refused(message, "messages", "context_length_exceeded")
+    return Refused(message, "prompt", "context_length_exceeded")
 
 
 def one_line(error: BaseException) -> str:
@@ -597,6 +640,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         log.debug("load failed", exc_info=True)
         tell("failed", f"{spec.path}: {one_line(error)}")
         return
+    backend.context = min(backend.context, spec.length or backend.context)
     info = EngineInfo(
         backend=spec.backend,
         library=backend.library,
@@ -712,9 +756,9 @@ class Engine:
     def ready(self) -> bool:
         return self.info is not None and self.dead is None
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling) -> Job:
-        """Choice i of prompt p has the index p * n + i."""
-        return self.enter(len(prompts) * sampling.n, "submit", tuple(prompts), sampling)
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
+        """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients."""
+        return self.enter(len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Job:
         """One of CALLS; the job's only event is an Answer."""
@@ -747,6 +791,21 @@ class Engine:
         """Jobs that wait for a slot."""
         with self.lock:
             return sum(not job.running for job in self.jobs.values())
+
+    def drop_waiting(self) -> None:
+        """Jobs that wait for a slot end with Unloading."""
+        with self.lock:
+            waiting = [job for job in self.jobs.values() if not job.running]
+        for job in waiting:
+            self.drop(job)
+            job.events.put(Unloading("the model is being unloaded"))
+
+    def retire(self) -> bool:
+        """Take no more jobs, if there are none now: late-comers get EngineFailed."""
+        with self.lock:
+            if not self.jobs and self.dead is None:
+                self.dead = "the model has been unloaded"
+            return not self.jobs
 
     def write(self) -> None:
         """The only sender: a handler must not wait for an engine that is inside a long step."""
@@ -1023,6 +1082,11 @@ class OpenVino:
         self.eos_id = self.tokenizer.get_eos_token_id()
         self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
         self.bos = self.tokenizer.get_bos_token_id()
+        self.longest: float = math.inf
+        # The tokenizer cuts a text at a limit of its own, and tells nobody; max_length does not lift it.
+        cut = len(self.tokenize("a " * (context + 64), False))
+        if cut <= context:
+            self.longest = cut
         self.literals, self.pieces = self.read_vocabulary()
         self.vocabulary = len(self.literals)
         self.handles: dict[int, Any] = {}
@@ -1047,6 +1111,8 @@ class OpenVino:
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).input_ids.data[0].tolist()
+        if len(ids) >= self.longest:
+            raise too_long("the text", "is longer than", self.longest)
         return ids
 
     def piece(self, token: int, special: bool) -> bytes:
@@ -1058,7 +1124,7 @@ class OpenVino:
         config.max_new_tokens = sampling.max_tokens
         config.eos_token_id = self.eos_id
         config.ignore_eos = sampling.ignore_eos
-        config.min_new_tokens = sampling.min_tokens
+        config.min_new_tokens = min(sampling.min_tokens, sampling.max_tokens or 0)
         config.stop_token_ids = set() if sampling.min_tokens or sampling.ignore_eos else {*self.eos, *sampling.stop_token_ids}
         config.logprobs = 0 if sampling.logprobs is None else 1
         if sampling.grammar:
@@ -1101,7 +1167,7 @@ class OpenVino:
             if not self.handles:
                 self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
 
-    def embed(self, ids: list[int]) -> list[float]:
+    def embed(self, ids: list[int]) -> Iterator[list[float]]:
         raise Refused("This engine has no embeddings; llamacpp has.", "model")
 
     def close(self) -> None:
@@ -1256,7 +1322,8 @@ class LlamaCpp:
         slot.kv, slot.todo = ids[:common], ids[common:]
         slot.grammar = self.make_grammar(sampling.grammar) if sampling.grammar else None
         slot.sampler = self.make_sampler(ids, sampling)
-        slot.sampling, slot.muted, slot.scores = sampling, sampling.min_tokens, []
+        slot.sampling, slot.muted = sampling, sampling.min_tokens
+        slot.scores = [Scored(None)] if sampling.scores_prompt else []  # nothing predicts the first token
         slot.used = next(self.clock)
         return slot.seq, common
 
@@ -1314,7 +1381,6 @@ class LlamaCpp:
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
         for slot, index, token in self.scoring:
-            slot.scores = slot.scores or [Scored(None)]
             slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
         return [self.sample(slot, index) for slot, index in ready]
 
@@ -1328,7 +1394,7 @@ class LlamaCpp:
         at = 0
         self.scoring = []
         for slot in decoding + prefilling:
-            scored = slot.sampling.scores_prompt and (len(slot.todo) > 1 or not slot.scores)
+            scored = slot.sampling.scores_prompt and len(slot.todo) > 1
             piece = slot.todo[: min(room, self.BATCH_SCORED) if scored else room]
             if not piece:
                 break
@@ -1352,10 +1418,16 @@ class LlamaCpp:
 
     def sample(self, slot: LlamaSlot, index: int) -> Step:
         scores: list[Scored] = []
+        token: int | None
         if slot.sampling.grammar:
             token = self.sample_constrained(slot, index)
         else:
             token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
+        if token is None:
+            slot.todo = [self.bos]  # never decoded: the choice ends here
+            return Step(
+                slot.seq, (), refused=Refused("'logit_bias' bans every token that the constraint allows.", "logit_bias")
+            )
         if slot.muted:
             slot.muted -= 1
             if not slot.muted:
@@ -1381,23 +1453,26 @@ class LlamaCpp:
             top = sorted(((int(i), float(logits[i]) - shift) for i in ids), key=lambda pair: -pair[1])
         return Scored(float(logits[token]) - shift, top)
 
-    def sample_constrained(self, slot: LlamaSlot, index: int) -> int:
-        """Sample freely, and only when the grammar forbids that token, among those that it allows.
+    def sample_constrained(self, slot: LlamaSlot, index: int) -> int | None:
+        """Sample freely, and only when the grammar forbids that token, among those that it allows; None: bans leave none.
 
         To ask the grammar about one token costs microseconds, about the whole vocabulary milliseconds. With P the probability
         of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
         """
-        token = self.pick(slot, index, constrained=False)
+        token, logit = self.pick(slot, index, constrained=False)
         one = (self.lib.llama_token_data * 1)(self.lib.llama_token_data(token, 0.0, 0.0))
         array = self.lib.llama_token_data_array(one, 1, -1, False)
         self.lib.llama_sampler_apply(slot.grammar, ctypes.byref(array))
         if math.isinf(one[0].logit):
-            token = self.pick(slot, index, constrained=True)
+            token, logit = self.pick(slot, index, constrained=True)
+        if math.isinf(logit):
+            return None
         self.lib.llama_sampler_accept(slot.grammar, token)
         self.lib.llama_sampler_accept(slot.sampler, token)
         return token
 
-    def pick(self, slot: LlamaSlot, index: int, constrained: bool) -> int:
+    def pick(self, slot: LlamaSlot, index: int, constrained: bool) -> tuple[int, float]:
+        """A token and its logit; minus infinity where bans and the grammar leave none."""
         self.candidates["id"] = self.numpy.arange(self.vocabulary)
         self.candidates["logit"] = self.logits(index)
         data = self.candidates.ctypes.data_as(ctypes.POINTER(self.lib.llama_token_data))
@@ -1405,7 +1480,8 @@ class LlamaCpp:
         if constrained:
             self.lib.llama_sampler_apply(slot.grammar, ctypes.byref(array))
         self.lib.llama_sampler_apply(slot.sampler, ctypes.byref(array))
-        return int(array.data[array.selected].id)
+        chosen = array.data[array.selected]
+        return int(chosen.id), float(chosen.logit)
 
     def cancel(self, seq: int) -> None:
         slot = self.ring[seq]
@@ -1417,28 +1493,33 @@ class LlamaCpp:
     def make_embedder(self) -> Any:
         """A context of its own: pooling is a property of a context, and embeddings need no KV cache that lasts."""
         params = self.lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.lib.llama_n_ctx_seq(self.ctx)
+        params.n_ctx = self.lib.llama_n_ctx_seq(self.ctx)
+        params.n_batch = params.n_ubatch = self.BATCH_BUSY
         params.n_threads = params.n_threads_batch = self.threads
         params.embeddings = True
-        params.pooling_type = self.lib.LLAMA_POOLING_TYPE_MEAN
+        params.pooling_type = self.lib.LLAMA_POOLING_TYPE_NONE  # the mean is taken here: a prompt comes in pieces
         ctx = self.lib.llama_init_from_model(self.model, params)
         if not ctx:
             raise RuntimeError(f"no memory for embeddings: lower --cache-size ({self.last_error})")
         return ctx
 
-    def embed(self, ids: list[int]) -> list[float]:
+    def embed(self, ids: list[int]) -> Iterator[list[float]]:
         """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
         if self.embedder is None:
             raise Refused("This server was started without --embeddings.", "model")
         if len(ids) > self.context:
             raise too_long(f"an input has {len(ids)} tokens, which", "exceed", self.context)
-        lib = self.lib
+        lib, numpy = self.lib, self.numpy
         lib.llama_memory_clear(lib.llama_get_memory(self.embedder), True)
-        tokens = (lib.llama_token * len(ids))(*ids)  # the batch only points at it
-        if lib.llama_decode(self.embedder, lib.llama_batch_get_one(tokens, len(ids))):
-            raise RuntimeError("llama_decode failed for embeddings")
-        vector = self.numpy.array(lib.llama_get_embeddings_seq(self.embedder, 0)[: lib.llama_model_n_embd(self.model)])
-        return [float(x) for x in vector / (self.numpy.linalg.norm(vector) or 1)]
+        total = numpy.zeros(lib.llama_model_n_embd(self.model))
+        for at in range(0, len(ids), self.BATCH_BUSY):
+            piece = ids[at : at + self.BATCH_BUSY]
+            tokens = (lib.llama_token * len(piece))(*piece)  # the batch only points at it
+            if lib.llama_decode(self.embedder, lib.llama_batch_get_one(tokens, len(piece))):
+                raise RuntimeError("llama_decode failed for embeddings")
+            for i in range(len(piece)):
+                total += numpy.ctypeslib.as_array(lib.llama_get_embeddings_ith(self.embedder, i), shape=total.shape)
+            yield [float(x) for x in total / (numpy.linalg.norm(total) or 1)]
 
     def close(self) -> None:
         self.lib.llama_free(self.ctx)

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 MAX_REPEAT, MAX_RULES, MAX_TEXT, MAX_DEPTH, MAX_REGEX = 1_000, 2_000, 200_000, 64, 1_000
 MAX_COPIES = 20_000  # all repetition bounds together: llama.cpp writes each out as rules
 MAX_OPTIONAL, MAX_MEMBERS = 64, 100  # beyond, xgrammar takes seconds to compile and llama.cpp tenths of a second a token
+MAX_PLACES = 700  # in an ambiguous text; at 8,000 xgrammar takes 3 s a token, at 40,000 llama.cpp takes 8 s
 DIGITS, ANY_DEPTH, KEY_LENGTH, AROUND = 16, 4, 64, 64
 _sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
@@ -164,6 +165,10 @@ class Grammar:
             if size > MAX_TEXT or len(lines) > MAX_RULES:
                 raise Unsupported(f"a grammar over {MAX_RULES} rules or {MAX_TEXT} characters is not supported")
         self._prove(seen)
+        if Places(seen).most() > MAX_PLACES:
+            raise Unsupported(
+                "text that may be read in so many ways at once (repetitions of repetitions, say) is not supported"
+            )
         return "".join(lines)
 
     def _write(self, term: Term, inside: str = "") -> str:
@@ -189,6 +194,82 @@ class Grammar:
             if stuck:
                 where = next((self.origin[name] for name in sorted(stuck) if name in self.origin), "the schema")
                 raise Unsupported(f"the recursion of {where} {fault}, which is not supported")
+
+
+class Places:
+    """How many places in a grammar a parser has to look at for one character, in a text that a greedy adversary writes.
+
+    The engines walk all ways to read a text at once, for every token of the vocabulary: at thousands of places a token takes seconds,
+    and everyone waits. A place is a term, how often it has been repeated, and what comes after it.
+    """
+
+    STEPS, TRIES = 48, 4
+
+    def __init__(self, rules: dict[str, Term]) -> None:
+        self.rules = rules
+        self.places: list[tuple[Term, int, int]] = [(_EMPTY, 0, 0)]  # 0 is the end
+        self.numbers: dict[tuple[Term, int, int], int] = {}
+        self.known: dict[int, tuple[list[tuple[Ranges, int]], int]] = {}
+
+    def place(self, term: Term, count: int, after: int) -> int:
+        key = (term, count, after)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.places)
+            self.places.append(key)
+        return self.numbers[key]
+
+    def heads(self, start: int) -> tuple[list[tuple[Ranges, int]], int]:
+        """What may be read at a place, as (characters, the place behind them), and how many places it took to find that out."""
+        if start in self.known:
+            return self.known[start]
+        found, todo, seen = [], [start], {start}
+        while todo and len(seen) <= MAX_PLACES:
+            number = todo.pop()
+            term, count, after = self.places[number]
+            if term.op == "set" or term.text and term.op == "lit":
+                rest = after if term.op == "set" or len(term.text) == 1 else self.place(_lit(term.text[1:]), 0, after)
+                found.append((term.ranges or ((ord(term.text[0]), ord(term.text[0])),), rest))
+                continue
+            following = [after] if number else []
+            if term.op == "ref":
+                following = [self.place(self.rules[term.text], 0, after)]
+            elif term.op == "alt":
+                following = [self.place(part, 0, after) for part in term.parts]
+            elif term.op == "seq":
+                for part in reversed(term.parts):
+                    after = self.place(part, 0, after)
+                following = [after]
+            elif term.op == "rep":
+                following = [after] if count >= term.low else []
+                if term.high is None or count < term.high:
+                    more = self.place(term, min(count + 1, term.low) if term.high is None else count + 1, after)
+                    following.append(self.place(term.parts[0], 0, more))
+            todo += [number for number in following if number not in seen]
+            seen.update(following)
+        self.known[start] = (found, len(seen))
+        return self.known[start]
+
+    def most(self) -> int:
+        """The largest sum of places that one character made the parser look at; beyond MAX_PLACES it is not looked further."""
+        now, most = {self.place(Term("ref", "root"), 0, 0)}, 0
+        for _ in range(self.STEPS):
+            most = max(most, sum(self.heads(number)[1] for number in now))
+            heads = [head for number in now for head in self.heads(number)[0]]
+            if not heads or most > MAX_PLACES:
+                break
+            ways = [self.after(heads, code) for code in self.likely(heads)]
+            now = max(ways, key=lambda way: sum(self.heads(number)[1] for number in way))
+        return most
+
+    def likely(self, heads: list[tuple[Ranges, int]]) -> list[int]:
+        """Characters that may be read in the most ways."""
+        codes = {ranges[0][0] for ranges, _ in heads} | {ord(char) for char in "a 0A,"}
+        ranked = sorted(codes, key=lambda code: (-len(self.after(heads, code)), code))
+        return ranked[: self.TRIES]
+
+    @staticmethod
+    def after(heads: list[tuple[Ranges, int]], code: int) -> set[int]:
+        return {place for ranges, place in heads if any(a <= code <= b for a, b in ranges)}
 
 
 def _inline(term: Term) -> bool:
@@ -1040,6 +1121,11 @@ def object_grammar() -> str:
 def regex_grammar(pattern: str) -> str:
     """Text that the whole of the regex matches; ^ and $ may stand at its ends."""
     return str(_bounded(lambda: Grammar().text(Regex(pattern, _ALL, _TEXT, "").term(_EMPTY))))
+
+
+def regex_matches(pattern: str, text: str) -> bool:
+    """Does the whole regex match? In time that grows with the text, not exponentially: a client wrote the pattern."""
+    return _matches(Regex(pattern, _ALL, _TEXT, "").term(_EMPTY), text)
 
 
 def choice_grammar(choices: list[str]) -> str:

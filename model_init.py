@@ -7,6 +7,7 @@ a library is looked up here, but imported in the engine process alone.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import os
 import re
@@ -16,9 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from backends import (
     BACKENDS,
@@ -37,55 +39,165 @@ class UsageError(Exception):
     """The command line asks for what cannot be: one line on stderr, exit 2."""
 
 
+# ──────────────────────────────────────────────────── profiles ───────────────────────────────────────────────────
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Defaults, as the users of one server know them. Each is also a flag; what a request says wins."""
+
+    port: int = 8000
+    host: str = "localhost"
+    stream: bool = False
+    max_tokens: int | None = None  # None: what the context has left
+    max_tokens_limit: int | None = None
+    temperature: float | None = None  # None, here and below: the model's own, else 0.7, 1 and off
+    top_p: float | None = None
+    top_k: int | None = None
+    no_model: str = "default"
+    unknown_model: str = "auto"
+    roles: tuple[str, ...] = ROLES
+    load_wait: float | None = None  # seconds; None: for an only model as long as it takes, else 0
+    owned_by: str = "local"
+
+    def sampling(self) -> dict[str, Any]:
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+LONG = 600.0
+PROFILES = {
+    "neutral": Profile(),
+    "exllamav3": Profile(
+        stream=True, max_tokens=200, temperature=0.8, top_p=0.8, top_k=50, unknown_model="serve", load_wait=LONG, owned_by="user"
+    ),
+    "osaurus": Profile(
+        8080, "127.0.0.1", max_tokens=2048, temperature=0.7, top_p=1.0, top_k=0, no_model="refuse", unknown_model="404",
+        load_wait=LONG, owned_by="osaurus",
+    ),
+    "openvino": Profile(
+        8000, "0.0.0.0", max_tokens=900, temperature=0.7, top_p=1.0, top_k=0, unknown_model="400", load_wait=LONG
+    ),
+    "llm-serve": Profile(
+        11424, "127.0.0.1", max_tokens=1024, max_tokens_limit=8192, temperature=0.2, top_p=0.95, top_k=0,
+        unknown_model="400", roles=("system", "user", "assistant"), load_wait=0.0,
+    ),
+    "metallama": Profile(
+        8080, "0.0.0.0", max_tokens=256, temperature=0.8, top_p=0.95, top_k=40, unknown_model="serve", load_wait=LONG
+    ),
+}  # fmt: skip
+
+
 # ────────────────────────────────────────────────── the command line ─────────────────────────────────────────────
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose, load and limit a model."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "-m",
-        "--model-dir",
-        metavar="PATH",
-        help="a .gguf file, a folder with one, or an OpenVINO IR folder; default: a small demo model",
+    """The flags that choose, load and limit models."""
+    add_model_args(parser.add_argument_group("model"))
+    add_default_args(parser.add_argument_group("what a request gets that does not say (default: the profile's)"))
+    add_engine_args(parser.add_argument_group("engine"))
+    add_limit_args(parser.add_argument_group("limits"))
+    add_exllamav3_args(parser)
+
+
+def add_model_args(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-m", "--model-dir", metavar="PATH", help="serve one model: a .gguf file, or a folder with a model")
+    add(
+        "--models-dir",
+        metavar="DIR",
+        help="serve every complete model in DIR; default: ./models where it exists, else a small demo model",
     )
-    model.add_argument("--chat-template", metavar="FILE", help="Jinja chat template to use instead of the model's own")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--backend",
-        choices=["auto", *BACKENDS],
-        default="auto",
-        help="auto: openvino for an IR folder; llamacpp for a .gguf where it is installed, else openvino",
+    add("--default-model", metavar="NAME", help="for requests that name no model; loaded at the start")
+    add(
+        "--preload",
+        metavar="NAMES",
+        help="models to load at the start, with commas, or none; default: the default or only model",
     )
-    engine.add_argument(
-        "--threads", type=whole(1, 1024), default=0, metavar="N", help="threads of the engine; default: one per physical core"
-    )
-    engine.add_argument(
-        "-cs",
-        "--cache-size",
-        type=whole(256, 1 << 30),
-        metavar="TOKENS",
-        help="KV cache over all slots; default: up to 4,096 a slot, within a quarter of the memory",
-    )
-    engine.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp)")
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-parallel", type=whole(1, 256), default=8, metavar="N", help="slots: requests that run at once (default 8)"
-    )
-    limits.add_argument(
-        "--max-queue",
-        type=whole(-1, 1 << 30),
-        default=32,
-        metavar="N",
-        help="requests that may wait for a slot, -1: any number (default 32)",
-    )
-    limits.add_argument(
-        "--request-timeout",
+    add("--max-loaded-models", type=whole(1, 64), default=1, metavar="N", help="models in memory at once (default 1)")
+    add(
+        "--idle-unload",
         type=seconds,
-        default=600.0,
+        default=0.0,
         metavar="S",
-        help="longest answer; between two chunks when streaming (default 600)",
+        help="unload a model that has been idle so long; default: never",
     )
+    add(
+        "--load-wait",
+        type=seconds,
+        metavar="S",
+        help="how long a request waits for its model to be loaded, before it gets a 202",
+    )
+    add("--switch-deadline", type=seconds, default=30.0, metavar="S",
+        help="how long a busy model goes on taking requests while another one is asked for (default 30)")  # fmt: skip
+    add("--no-model", choices=["default", "refuse"], help="a request without a model")
+    add("--unknown-model", choices=["auto", "serve", "404", "400"],
+        help="a request for a model that is not there; serve: the default one answers; auto: so where there is only one, else 404")  # fmt: skip
+    add("--chat-template", metavar="FILE", help="Jinja chat template to use instead of the model's own")
+
+
+def add_default_args(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--default-stream", choices=["true", "false"], help="stream chat completions")
+    add("--default-max-tokens", type=whole(0, 1 << 30), metavar="N", help="of a chat completion; 0: what the context has left")
+    add("--max-tokens-limit", type=whole(0, 1 << 30), metavar="N", help="more is refused; 0: the context is the limit")
+    add("--default-temperature", type=between(0, 2), metavar="T", help="0 to 2")
+    add("--default-top-p", type=between(1e-6, 1), metavar="P", help="above 0, up to 1")
+    add("--default-top-k", type=whole(0, 1 << 30), metavar="K", help="0: off")
+    add("--roles", type=roles, metavar="ROLES", help=f"roles that messages may have, with commas; default: {','.join(ROLES)}")
+
+
+def add_engine_args(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--backend", choices=["auto", *BACKENDS], default="auto",
+        help="auto: openvino for an IR folder; llamacpp for a .gguf where it is installed, else openvino")  # fmt: skip
+    add("--threads", type=whole(1, 1024), default=0, metavar="N", help="threads of the engine; default: one per physical core")
+    add("-cs", "--cache-size", type=whole(256, 1 << 30), metavar="TOKENS",
+        help="KV cache over all slots; default: up to 4,096 a slot, within a quarter of the memory")  # fmt: skip
+    add(
+        "--length",
+        type=whole(1, 1 << 30),
+        metavar="TOKENS",
+        help="most tokens of one request; default: what model and cache allow",
+    )
+    add("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp)")
+
+
+def add_limit_args(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max-parallel", "--batch-size", type=whole(1, 256), default=8, metavar="N",
+        help="slots: requests that a model runs at once (default 8)")  # fmt: skip
+    add("--max-queue", type=whole(-1, 1 << 30), default=32, metavar="N",
+        help="requests that may wait for a slot, -1: any number (default 32)")  # fmt: skip
+    add("--request-timeout", type=seconds, default=600.0, metavar="S",
+        help="longest answer; between two chunks when streaming (default 600)")  # fmt: skip
+
+
+# The other flags of exllamav3's model_init (1.6.5), "-short --long", those that take a value first.
+EXLLAMAV3_VALUES = """-gs --gpu-split, -or --override, -mcl --moe-cpu-offload, -mcs --moe-cpu-split, -mct --moe-cpu-threads,
+    -tpb --tp-backend, -tp_attn --tp-max-parallelism-attn, -tp_mlp --tp-max-parallelism-mlp, -tp_moe --tp-max-parallelism-moe,
+    -tp_linear --tp-max-parallelism-linear, -tp_linear_attn --tp-max-parallelism-linear-attn, -ambs --autosplit-max-batch-size,
+    -chunk_size --chunk-size, -layer_map --layer-map, -cq --cache-quant, -cca --cache-compand-a, -ccs --cpu-cache-size,
+    -dcd --disk-cache-dir, -dcs --disk-cache-size, -rcs --recurrent-cache-size, -dm --draft-model-dir, -ndt --num-draft-tokens,
+    -ngram --ngram-match-min, -hdt --hybrid-draft-tokens, -ngram_corpus --ngram-corpus, -sdh --sparse-draft-head,
+    -dc --draft-confidence, -dmcl --draft-moe-cpu-layers"""
+EXLLAMAV3_SWITCHES = """-lm --load-metrics, -tp --tensor-parallel, -mcpa --moe-cpu-pinned-arena, -ngl --ngram-lock, -ngr --ngram-ram,
+    -embd --embed-disk, -tp_moe_ts --tp-moe-tensor-split, -swa_full --swa-full, -lv --load-verbose, -asnf --autosplit-no-forward,
+    -nw --no-warmup, -rs32 --recurrent-state-fp32, -mtp --mtp, -dds --dynamic-draft"""
+
+
+def add_exllamav3_args(parser: argparse.ArgumentParser) -> None:
+    """Accepted, so that its users' command lines start; warn_useless() tells which of them do nothing."""
+    for names, more in ((EXLLAMAV3_VALUES, {}), (EXLLAMAV3_SWITCHES, {"nargs": 0})):
+        for pair in names.split(","):
+            parser.add_argument(*pair.split(), dest="useless", action=Useless, default=[], help=argparse.SUPPRESS, **more)  # type: ignore[arg-type]
+
+
+class Useless(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.useless = [*namespace.useless, option_string]
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -107,6 +219,26 @@ def seconds(text: str) -> float:
     return value
 
 
+def between(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:  # NaN fails it
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def roles(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= {*ROLES}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(ROLES)}")
+    return names
+
+
 def same_dashes(argv: list[str]) -> list[str]:
     """--model_dir is --model-dir; what stands behind a `=` stays."""
 
@@ -117,39 +249,120 @@ def same_dashes(argv: list[str]) -> list[str]:
     return [one(word) for word in argv]
 
 
+def profile_of(args: argparse.Namespace) -> Profile:
+    """The profile with what the flags say in its place."""
+    stream = None if args.default_stream is None else args.default_stream == "true"
+    given = {
+        "port": args.port, "host": args.host, "stream": stream, "no_model": args.no_model, "unknown_model": args.unknown_model,
+        "temperature": args.default_temperature, "top_p": args.default_top_p, "top_k": args.default_top_k,
+        "roles": args.roles, "load_wait": args.load_wait,
+    }  # fmt: skip
+    profile = replace(PROFILES[args.profile], **{name: value for name, value in given.items() if value is not None})
+    if args.default_max_tokens is not None:
+        profile = replace(profile, max_tokens=args.default_max_tokens or None)
+    if args.max_tokens_limit is not None:
+        profile = replace(profile, max_tokens_limit=args.max_tokens_limit or None)
+    return profile
+
+
 def init(args: argparse.Namespace) -> Models:
-    """Find the model and the backend that the arguments ask for; nothing is loaded yet. Raises UsageError."""
-    try:
-        model = find_model(Path(args.model_dir)) if args.model_dir is not None else demo_model()
-    except (OSError, RuntimeError) as error:  # unreadable, too long a name, no home folder, a full disk, …
-        raise UsageError(f"{args.model_dir or 'demo model'}: {error}") from None
-    template = None
-    if args.chat_template:
-        try:
-            template = Path(args.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--chat-template {args.chat_template}: {error}") from None
-    if args.embeddings and "embeddings" in BACKENDS[choose_backend(model, args.backend)].LACKS:
-        raise UsageError("--embeddings needs --backend llamacpp")
-    spec = EngineSpec(
-        choose_backend(model, args.backend),
-        str(model.path),
-        args.max_parallel,
-        args.threads,
-        args.cache_size,
-        template,
-        args.embeddings,
+    """Find the models and the backend that the arguments ask for; nothing is loaded yet. Raises UsageError."""
+    if args.useless:
+        log.warning("%s: accepted, but the engines here have no use for it", ", ".join(args.useless))
+    catalog = find_models(args)
+    template = read_template(args.chat_template)
+    profile = profile_of(args)
+
+    def make_spec(model: Model) -> EngineSpec:
+        backend = choose_backend(model, args.backend)
+        embeddings = args.embeddings and "embeddings" not in BACKENDS[backend].LACKS
+        path = str(model.path)
+        return EngineSpec(backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length)
+
+    models = Models(
+        catalog,
+        make_spec,
+        Limits(
+            max_jobs=float("inf") if args.max_queue < 0 else args.max_parallel + args.max_queue,
+            patience=args.request_timeout,
+            load_wait=profile.load_wait,
+            max_loaded=args.max_loaded_models,
+            idle_unload=args.idle_unload,
+            switch_deadline=args.switch_deadline,
+            default=args.default_model or (next(iter(catalog.models())) if catalog.fixed else None),
+            absent=profile.no_model,
+            unknown=profile.unknown_model,
+        ),
     )
-    max_jobs = float("inf") if args.max_queue < 0 else args.max_parallel + args.max_queue
-    return Models(model, spec, max_jobs, args.request_timeout)
+    for model in catalog.fixed:
+        if not models.spec(model).embeddings and args.embeddings:
+            raise UsageError("--embeddings needs --backend llamacpp")
+    for name in [args.default_model, *preloaded(args)]:
+        if name and catalog.find(name) is None:
+            raise UsageError(f"there is no model {name!r} to load; there are: {', '.join(catalog.models()) or 'none'}")
+    return models
+
+
+def preloaded(args: argparse.Namespace) -> list[str]:
+    return [name for name in (args.preload or "").split(",") if name and name != "none"]
+
+
+def find_models(args: argparse.Namespace) -> Catalog:
+    """What --model-dir and --models-dir name. Raises UsageError."""
+    fixed = []
+    folder = args.models_dir or ("models" if args.model_dir is None and Path("models").is_dir() else None)
+    try:
+        if folder and not Path(folder).is_dir():
+            raise UsageError(f"--models-dir {folder}: no such folder")
+        if args.model_dir is not None:
+            fixed = [find_model(Path(args.model_dir))]
+        elif folder is None:
+            fixed = [demo_model()]
+    except (OSError, RuntimeError) as error:  # unreadable, too long a name, no home folder, a full disk, …
+        raise UsageError(f"{args.model_dir or folder or 'demo model'}: {error}") from None
+    return Catalog(Path(folder) if folder else None, fixed, osaurus=args.profile == "osaurus")
+
+
+def read_template(path: str | None) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--chat-template {path}: {error}") from None
 
 
 # ──────────────────────────────────────────────── which model, which engine ──────────────────────────────────────
 
-IR_FILES = [f"openvino_{part}.{ext}" for part in ("model", "tokenizer", "detokenizer") for ext in ("xml", "bin")]
-LOADERS = {"gguf": ("llamacpp", "openvino"), "openvino": ("openvino",)}  # what is in the folder → who can load it, best first
-KINDS = {"gguf": "a GGUF file", "openvino": "an OpenVINO IR folder"}
+# What is in a folder → what makes it complete: of each group one name must be there.
+COMPLETE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "openvino": (
+        *((f"openvino_{part}.{ext}",) for part in ("model", "tokenizer", "detokenizer") for ext in ("xml", "bin")),
+        ("tokenizer_config.json",),
+    ),
+    "hf": (("config.json",), ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json"), ("*.safetensors",)),
+    "gguf": (("*.gguf",),),
+}
+# By which a folder shows what it is; the first counts.
+SIGNS = {"openvino": ("openvino_*.*",), "gguf": ("*.gguf",), "hf": ("*.safetensors", "config.json")}
+LOADERS: dict[str, tuple[str, ...]] = {  # who can load it, best first
+    "gguf": ("llamacpp", "openvino"),
+    "openvino": ("openvino",),
+    "hf": (),
+}
+KINDS = {"gguf": "a GGUF file", "openvino": "an OpenVINO IR folder", "hf": "a Hugging Face folder"}
 OPENVINO_GGUF = ("llama", "qwen2", "qwen3")  # architectures that OpenVINO's own GGUF reader knows
+PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(?:gguf|safetensors)$)")  # a file that is one of several
+QUANTISATION = re.compile(r"[.-](?:i?q\d\w*|tq\d_\d|mxfp4\w*|bf16|f16|f32|fp16)$", re.IGNORECASE)
+
+OSAURUS_NAMES = {  # the table of Osaurus' document: the downloaded model → its name in the API
+    "mlx-community/Llama-3.2-3B-Instruct-4bit": "llama-3.2-3b-instruct",
+    "mlx-community/Llama-3.2-1B-Instruct-4bit": "llama-3.2-1b-instruct",
+    "mlx-community/Qwen2.5-7B-Instruct-4bit": "qwen2.5-7b-instruct",
+    "mlx-community/Qwen2.5-3B-Instruct-4bit": "qwen2.5-3b-instruct",
+    "mlx-community/gemma-2-9b-it-4bit": "gemma-2-9b-instruct",
+    "mlx-community/gemma-2-2b-it-4bit": "gemma-2-2b-instruct",
+    "mlx-community/DeepSeek-R1-Distill-Qwen-1.5B-4bit": "deepseek-r1-1.5b",
+    "mlx-community/OpenELM-3B-Instruct-4bit": "openelm-3b-instruct",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,36 +375,198 @@ class Model:
     created: int  # the file's mtime, seconds since the epoch: stable, unlike the moment of asking
     architecture: str = ""
 
+    def aliases(self) -> set[str]:
+        """Lower-cased names that it answers to besides its id."""
+        names = {self.id, self.id.rpartition("/")[2], OSAURUS_NAMES.get(self.id, self.id)}
+        names |= {self.path.stem} if self.kind == "gguf" else set()
+        names = {bare(name) for name in names}
+        return names | {QUANTISATION.sub("", name) for name in names}
+
+
+def bare(name: str) -> str:
+    return name.lower().removesuffix(".gguf")
+
+
+class Incomplete(Exception):
+    """A folder or file that looks like a model, and what it lacks."""
+
+
+def missing_files(kind: str, names: Collection[str]) -> list[str]:
+    """What a folder with these files lacks to be complete: of COMPLETE, and of files in numbered parts."""
+    lacks = [" or ".join(group) for group in COMPLETE[kind] if not any(fnmatch.filter(names, name) for name in group)]
+    for name in names:
+        if part := PART.search(name):
+            parts = (f"{name[: part.start()]}-{i:05d}-of-{part[2]}{name[part.end() :]}" for i in range(1, int(part[2]) + 1))
+            lacks += [other for other in parts if other not in names and other not in lacks]
+    return lacks
+
+
+def models_in(path: Path, names: Collection[str], id: str, lenient: bool = False) -> list[Model]:
+    """The models in a folder that holds these files, under the id of the folder; several GGUF files: under their own names.
+
+    Raises Incomplete. `lenient`: without tokenizer_config.json, as a folder may be that somebody names on the command line.
+    """
+    kind = next((kind for kind, signs in SIGNS.items() if any(fnmatch.filter(names, sign) for sign in signs)), "")
+    if not kind:
+        return []
+    if kind != "gguf":
+        if lacks := [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]:
+            raise Incomplete(f"{KINDS[kind]} without {', '.join(lacks)}")
+        weights = "openvino_model.bin" if kind == "openvino" else min(fnmatch.filter(names, "*.safetensors"))
+        return [Model(id, path, kind, int((path / weights).stat().st_mtime))]
+    files = sorted(n for n in fnmatch.filter(names, "*.gguf") if not n.startswith("mmproj"))
+    if lacks := missing_files("gguf", files):
+        raise Incomplete(f"a GGUF model without {', '.join(lacks)}")
+    first = [n for n in files if not (part := PART.search(n)) or int(part[1]) == 1]  # a split file is named by its first part
+    return [gguf_model(path / n, id if len(first) == 1 else PART.sub("", n).removesuffix(".gguf")) for n in first]
+
+
+def gguf_model(path: Path, name: str) -> Model:
+    """Raises Incomplete."""
+    try:
+        meta = read_gguf(str(path))
+    except (OSError, ValueError) as error:
+        raise Incomplete(f"not a usable GGUF file: {error}") from None
+    return Model(name, path, "gguf", int(path.stat().st_mtime), meta.get("general.architecture", ""))
+
 
 def find_model(path: Path) -> Model:
     """The one model that `path` names. Raises UsageError that says what is missing."""
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     path = path.resolve()
-    if path.is_file():
-        return gguf_model(path, path.stem)
-    names = {p.name for p in path.iterdir()}
-    if "openvino_model.xml" in names:
-        if missing := [name for name in IR_FILES if name not in names]:
-            raise UsageError(f"{path}: an OpenVINO IR folder without {', '.join(missing)}")
-        return Model(path.name, path, "openvino", int((path / "openvino_model.bin").stat().st_mtime))
-    found = sorted(n for n in names if n.endswith(".gguf") and not n.startswith("mmproj"))
-    found = [
-        n for n in found if not re.search(r"-\d{5}-of-\d{5}\.gguf$", n) or "-00001-of-" in n
-    ]  # a split file is named by its first part
+    try:
+        found = [gguf_model(path, path.stem)] if path.is_file() else models_in(path, os.listdir(path), path.name, lenient=True)
+    except Incomplete as error:
+        raise UsageError(f"{path}: {error}") from None
     if not found:
         raise UsageError(f"{path}: no model in this folder, neither a .gguf file nor openvino_model.xml")
     if len(found) > 1:
-        raise UsageError(f"{path}: more than one model in this folder, name one of them: {', '.join(found)}")
-    return gguf_model(path / found[0], path.name)
+        names = ", ".join(model.path.name for model in found)
+        raise UsageError(
+            f"{path}: more than one model in this folder, name one of them ({names}), or serve all with --models-dir"
+        )
+    return found[0]
 
 
-def gguf_model(path: Path, name: str) -> Model:
-    try:
-        meta = read_gguf(str(path))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a usable GGUF file: {error}") from None
-    return Model(name, path, "gguf", int(path.stat().st_mtime), meta.get("general.architecture", ""))
+class Catalog:
+    """Every complete model: those named on the command line, and those in a folder, which is looked at again and again.
+
+    In the folder: `<name>/`, `<org>/<repo>/`, `*.gguf`. Names are only ever looked up here, so no name can lead to another path.
+    """
+
+    RESCAN_S, TRUST_S = 2.0, 2.0  # a folder's mtime tells of a new file only where it is older than the clock's grain
+
+    def __init__(self, root: Path | None = None, fixed: Collection[Model] = (), osaurus: bool = False):
+        self.root, self.fixed, self.osaurus = root, fixed, osaurus
+        self.lock = threading.Lock()
+        self.scanned = 0.0
+        self.folders: dict[str, tuple[int, list[str], list[str]]] = {}  # path → mtime (ns), its files, its folders
+        self.parsed: dict[str, tuple[object, list[Model]]] = {}  # path → what it was made from, its models
+        self.told: set[str] = set()
+        self.found: dict[str, Model] = {}
+        self.names: dict[str, list[str]] = {}  # alias → ids
+        self.scan()
+
+    def models(self) -> dict[str, Model]:
+        """By id, in order."""
+        if self.root and time.monotonic() - self.scanned > self.RESCAN_S and self.lock.acquire(blocking=False):
+            try:
+                self.scan()
+            finally:
+                self.lock.release()
+        return self.found
+
+    def find(self, name: str) -> Model | None:
+        """By id, or by an alias that fits no other; a name just made is looked for at once."""
+        if not (fits := self.fits(name)) and self.root:
+            with self.lock:
+                if time.monotonic() - self.scanned > 0.2:
+                    self.scan()
+            fits = self.fits(name)
+        return self.found.get(fits[0]) if len(fits) == 1 else None
+
+    def fits(self, name: str) -> list[str]:
+        return [name] if name in self.models() else self.names.get(bare(name), [])
+
+    def public(self, model: Model) -> str:
+        """The id that clients see."""
+        return OSAURUS_NAMES.get(model.id, model.id) if self.osaurus else model.id
+
+    def scan(self) -> None:
+        found = {model.id: model for model in self.fixed}
+        if self.root:
+            try:
+                for model in sorted(self.in_folder(str(self.root), ""), key=lambda model: model.id.lower()):
+                    id = model.id if model.id not in found else f"{model.id}.{model.kind}"  # a.gguf beside a/
+                    found.setdefault(id, replace(model, id=id))
+            except OSError as error:
+                self.tell(str(self.root), str(error))
+        names: dict[str, list[str]] = {}
+        for model in found.values():
+            for name in model.aliases():
+                names.setdefault(name, []).append(model.id)
+        self.found, self.names, self.scanned = found, names, time.monotonic()
+
+    def in_folder(self, path: str, id: str) -> Iterator[Model]:
+        """The models of one folder and, down to <org>/<repo>, of those in it."""
+        files, folders = self.listing(path)
+        ggufs = [name for name in files if name.endswith(".gguf")]
+        sizes = [os.stat(f"{path}/{name}") for name in ggufs]  # one that is being copied grows and leaves the folder as it was
+        made_from = (files, [(size.st_size, size.st_mtime_ns) for size in sizes])
+        known = self.parsed.get(path)
+        if known is None or known[0] != made_from:
+            known = self.parsed[path] = (made_from, self.parse(path, files, id))
+        yield from known[1]
+        if not id.count("/") and not (id and known[1]):
+            for name in folders:
+                try:
+                    yield from self.in_folder(f"{path}/{name}", f"{id}/{name}" if id else name)
+                except OSError as error:
+                    self.tell(f"{path}/{name}", str(error))
+
+    def parse(self, path: str, files: list[str], id: str) -> list[Model]:
+        """Of the root only GGUF files; a broken one does not hide the others."""
+        groups = [files]
+        if not id:
+            whole = [PART.sub("", name) for name in files]
+            groups = [[n for n in files if PART.sub("", n) == name] for name in sorted({*whole}) if name.endswith(".gguf")]
+        models: list[Model] = []
+        for names in groups:
+            try:
+                models += models_in(Path(path), names, id or PART.sub("", names[0]).removesuffix(".gguf"))
+            except Incomplete as error:
+                self.tell(path if id else f"{path}/{names[0]}", str(error))
+        return models
+
+    def listing(self, path: str) -> tuple[list[str], list[str]]:
+        """Files and folders in a folder, read again when its mtime says so. Links that lead out of the root are left out."""
+        changed = os.stat(path).st_mtime_ns
+        known = self.folders.get(path)
+        if known and known[0] == changed:
+            return known[1], known[2]
+        files: list[str] = []
+        folders: list[str] = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or (entry.is_symlink() and not self.inside(entry.path)):
+                    continue
+                (folders if entry.is_dir() else files).append(entry.name)
+        recent = time.time_ns() - changed < self.TRUST_S * 1e9
+        self.folders[path] = (0 if recent else changed, sorted(files), sorted(folders))
+        return self.folders[path][1:]
+
+    def inside(self, path: str) -> bool:
+        assert self.root is not None
+        inside = os.path.realpath(path).startswith(os.path.realpath(self.root) + os.sep) and os.path.exists(path)
+        if not inside:
+            self.tell(path, "a link that leads nowhere, or out of the models' folder, is not followed")
+        return inside
+
+    def tell(self, path: str, what: str) -> None:
+        if (line := f"{path}: not listed: {what}") not in self.told and len(self.told) < 10_000:
+            self.told.add(line)
+            log.warning("%s", line)
 
 
 def choose_backend(model: Model, asked: str) -> str:
@@ -199,10 +574,14 @@ def choose_backend(model: Model, asked: str) -> str:
     able = LOADERS[model.kind]
     if model.kind == "gguf" and model.architecture not in OPENVINO_GGUF:
         able = ("llamacpp",)
-    if asked != "auto":
+    if asked != "auto" or not able:
         if asked not in able:
+            what = f"{KINDS[model.kind]} of architecture {model.architecture}" if model.architecture else KINDS[model.kind]
+            who = f"backend {asked}" if asked != "auto" else "no engine here"
             raise UsageError(
-                f"backend {asked} cannot load {KINDS[model.kind]} of architecture {model.architecture or 'unknown'}; {' and '.join(able)} can"
+                f"{who} can load {what}"
+                if asked == "auto"
+                else f"{who} cannot load {what}; {' and '.join(able) or 'none here'} can"
             )
         able = (asked,)
     missing = [missing_library(name) for name in able]
@@ -271,121 +650,453 @@ class NotReady(Exception):
     """No engine to take the request (HTTP 503)."""
 
 
-class Models:
-    """The served model and its engine: loading → loaded, → failed → loading again. One lock; state changes only under it.
+class UnknownModel(Exception):
+    """No served model answers to the name, or there is no name and the profile asks for one."""
 
-    An engine that dies is replaced at once; one that dies again soon, after a pause that grows to a minute.
+
+class StillLoading(Exception):
+    """The model is on its way into memory (HTTP 202)."""
+
+    def __init__(self, model: str, current: str | None):
+        super().__init__(f"{model} is being loaded")
+        self.model, self.current = model, current
+
+
+class Conflict(Exception):
+    """Another model is on its way into memory, or this one on its way out (HTTP 409)."""
+
+    def __init__(self, current: str | None, message: str):
+        super().__init__(message)
+        self.current = current
+
+
+MOVES = {  # the life of a model: what may follow what
+    "unloaded": {"loading"},
+    "loading": {"loaded", "loading", "failed"},
+    "loaded": {"draining", "loading", "failed"},  # loading: its engine died, and a new one comes at once
+    "draining": {"unloaded"},
+    "failed": {"loading"},
+}
+IN_MEMORY = ("loading", "loaded", "draining")
+RETRY_S = 2  # what a client is told to wait before it asks again for a model that is being loaded
+HOLD_S = 5.0  # so long a model that was promised by a 202 stays for the client to come back, and so long a failure is told
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What Models may do."""
+
+    max_jobs: float = 40  # requests per model, running and waiting
+    patience: float = 600.0  # seconds: an engine with work that says nothing for so long hangs
+    load_wait: float | None = None  # seconds that a request waits for its model; None: for an only model `patience`, else 0
+    max_loaded: int = 1
+    idle_unload: float = 0.0  # seconds without work after which a model leaves memory; 0: never
+    switch_deadline: float = 30.0  # seconds that a busy model goes on taking requests while another is asked for
+    default: str | None = None  # the model of requests that name none
+    absent: str = "default"  # or "refuse": a request that names no model
+    unknown: str = "auto"  # a name that fits no model: "serve" the default; refuse: "404", "400"; auto: serve an only model
+
+
+class Life:
+    """One model's engine, and how far it is. Belongs to Models, and changes only under its lock."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.state = "unloaded"
+        self.since = time.monotonic()  # when the state last changed
+        self.engine: Engine | None = None
+        self.failure = ""  # why the last load or engine failed
+        self.used = 0.0  # when it last had a job
+        self.waiters = 0  # requests that wait for it to be loaded
+        self.promised: set[str] = set()  # clients that got a 202 for it and have not come back
+        self.was_ready = False  # since it was last unloaded: an engine that dies is then replaced
+        self.comes_back = False  # it is loaded because another could not be
+        self.pause, self.born, self.restart_at = 0.0, 0.0, 0.0
+
+    def move(self, state: str) -> None:
+        if state not in MOVES[self.state]:
+            raise RuntimeError(f"{self.model.id} cannot go from {self.state} to {state}")
+        self.state, self.since = state, time.monotonic()
+
+    @property
+    def progress(self) -> float:
+        """0..1"""
+        if self.state == "loading" and self.engine:
+            return self.engine.progress
+        return float(self.state in ("loaded", "draining"))
+
+    def jobs(self) -> int:
+        return len(self.engine.jobs) if self.engine else 0
+
+    def wanted(self, now: float) -> bool:
+        """Is there anyone whom unloading it would hurt?"""
+        return bool(self.jobs() or self.waiters or (self.promised and now < self.since + HOLD_S))
+
+
+@dataclass(slots=True)
+class Switch:
+    """`target` comes into memory in the place of `victim`, once that has nothing to do or the deadline has passed."""
+
+    target: Life
+    victim: Life
+    deadline: float
+
+
+class Models:
+    """Which models are in memory. One lock; every move of a Life happens under it.
+
+    Requests only ask (`acquire`). What takes time a keeper thread does: it unloads what has drained, then loads what was
+    asked for, and brings back an engine that died; at once, but one that dies again soon after a pause that grows to a minute.
     """
 
-    def __init__(self, model: Model, spec: EngineSpec, max_jobs: float, patience: float):
-        self.model, self.spec, self.max_jobs, self.patience = model, spec, max_jobs, patience
+    def __init__(self, catalog: Catalog, make_spec: Callable[[Model], EngineSpec], limits: Limits):
+        self.catalog, self.make_spec, self.limits = catalog, make_spec, limits
         self.changed = threading.Condition()  # the lock, and what waiters wait on
-        self.engine: Engine | None = None
-        self.status = "loading"  # | "loaded" | "failed": waiting for another try
-        self.failure: str | None = None  # why the last engine died; None again once one is ready
-        self.was_ready = False
-        self.waiters = 0
-        self.pause, self.born = 0.0, 0.0
+        self.lives: dict[str, Life] = {}
+        self.specs: dict[Model, EngineSpec] = {}
+        self.switch: Switch | None = None
+        self.last_error = ""  # why the last load or engine failed, until one succeeds
         self.closing = False
         self.on_ready: Callable[[Engine], None] = lambda engine: None
         self.on_progress: Callable[[float], None] = lambda fraction: None
-        self.on_fatal: Callable[[str], None] = lambda reason: None  # the first load failed: nothing will ever be served
+        self.on_fatal: Callable[[str], None] = lambda reason: (
+            None
+        )  # the only model cannot be loaded: nothing will ever be served
+
+    # ── what requests ask for ──
+
+    def spec(self, model: Model) -> EngineSpec:
+        """How to load the model. Raises UsageError when nothing here can."""
+        if model not in self.specs:
+            self.specs[model] = self.make_spec(model)
+        return self.specs[model]
+
+    def backend(self, model: Model) -> str:
+        """The engine that loads the model, or would if it were installed."""
+        try:
+            return self.spec(model).backend
+        except UsageError:
+            return next(iter(LOADERS[model.kind]), "")
+
+    def resolve(self, name: str | None) -> Model:
+        """The model that a request means. Raises UnknownModel, and NotReady when there is none at all."""
+        if name and (found := self.catalog.find(name)):
+            return found
+        if not name and self.limits.absent == "refuse":
+            raise UnknownModel("'model' is required")
+        models = self.catalog.models()
+        if name and not (self.limits.unknown == "serve" or (self.limits.unknown == "auto" and len(models) == 1)):
+            fits = self.catalog.fits(name)
+            known = [self.catalog.public(model) for model in models.values()]
+            hint = (
+                f"it fits {' and '.join(fits)}"
+                if fits
+                else f"the models are {', '.join(known[:10])}"
+                if known
+                else "there is none"
+            )
+            raise UnknownModel(f"There is no model {name!r}: {hint}")
+        return self.default()
+
+    def default(self) -> Model:
+        """For a request that names none: --default-model, else the one in memory, else the first."""
+        models = self.catalog.models()
+        if self.limits.default and (found := self.catalog.find(self.limits.default)):
+            return found
+        if (current := self.current()) and current.model.id in models:
+            return current.model
+        if not models:
+            raise NotReady(f"there is no complete model in {self.catalog.root}")
+        return next(iter(models.values()))
+
+    def acquire(self, model: Model, client: str, gone: Callable[[], bool], wait: float | None = None) -> Engine:
+        """The model's engine, as soon as it is ready, within `wait` seconds (None: --load-wait).
+
+        Raises StillLoading, Conflict, NotReady, QueueFull. `gone` is asked now and then whether the client has left.
+        """
+        until = time.monotonic() + (self.load_wait() if wait is None else wait)
+        with self.changed:
+            life = self.life(model)
+            if life.waiters >= self.limits.max_jobs:
+                raise QueueFull
+            life.waiters += 1
+            try:
+                while not (life.state == "loaded" and life.engine and life.engine.ready):
+                    self.want(life, client)
+                    if time.monotonic() >= until or gone():
+                        raise self.not_yet(life, client)
+                    self.changed.wait(0.1)
+                life.used = time.monotonic()
+                life.promised.discard(client)
+                return life.engine
+            finally:
+                life.waiters -= 1
+
+    def submit(
+        self, model: Model, start: Callable[[Engine], Job], client: str, gone: Callable[[], bool], wait: float | None
+    ) -> Job:
+        """A job in the model's engine, made by `start`. Raises as acquire does."""
+        while True:
+            engine = self.acquire(model, client, gone, wait)
+            try:
+                return start(engine)
+            except EngineFailed:
+                continue  # it died or drained in between: ask again
+
+    def load_wait(self) -> float:
+        if self.limits.load_wait is not None:
+            return self.limits.load_wait
+        return self.limits.patience if len(self.catalog.models()) == 1 else 0.0
+
+    def life(self, model: Model) -> Life:
+        life = self.lives.setdefault(model.id, Life(model))
+        if life.state in ("unloaded", "failed"):
+            life.model = model  # the file may be a new one
+        return life
+
+    def want(self, life: Life, client: str) -> None:
+        """Bring the model into memory if that can begin now. Raises NotReady when it never can, or has just failed."""
+        if self.closing:
+            raise NotReady("the server is shutting down")
+        now = time.monotonic()
+        if life.state == "failed" and (life.restart_at or client in life.promised or now < life.since + HOLD_S):
+            life.promised.discard(client)  # each client to whom it was promised is told once, before it is tried again
+            raise NotReady(f"the model failed: {life.failure}")
+        if life.state not in ("unloaded", "failed") or self.switch:
+            return
+        try:
+            self.spec(life.model)
+        except UsageError as error:
+            raise NotReady(f"{life.model.id}: {error}") from None
+        if self.room():
+            self.start(life)
+        elif loaded := [other for other in self.lives.values() if other.state == "loaded"]:
+            victim = min(loaded, key=lambda other: (other.wanted(now), other.used))
+            self.switch = Switch(life, victim, now + self.limits.switch_deadline)
+            log.info("switching from %s to %s", victim.model.id, life.model.id)
+            self.changed.notify_all()
+
+    def room(self) -> bool:
+        return sum(life.state in IN_MEMORY for life in self.lives.values()) < self.limits.max_loaded
+
+    def not_yet(self, life: Life, client: str) -> Exception:
+        target = self.switch.target if self.switch else next((x for x in self.lives.values() if x.state == "loading"), None)
+        current = self.current("loaded", "draining")
+        in_memory = self.catalog.public(current.model) if current else None
+        if target is life:
+            if len(life.promised) < 1000:
+                life.promised.add(client)
+            return StillLoading(self.catalog.public(life.model), in_memory)
+        going = f"the server is switching to {target.model.id}" if target else f"{life.model.id} is being unloaded"
+        return Conflict(in_memory, going)
+
+    def unload(self, model: Model) -> Life:
+        """Take a model out of memory once it has answered what it has begun. Raises Conflict where it is on its way."""
+        with self.changed:
+            life = self.life(model)
+            if life.state == "loading" or (self.switch and life in (self.switch.target, self.switch.victim)):
+                raise Conflict(None, f"{model.id} is being loaded or switched; try again when that has ended")
+            life.restart_at = 0.0
+            if life.state == "loaded":
+                self.drain(life)
+            return life
+
+    # ── what is told ──
+
+    def current(self, *states: str) -> Life | None:
+        """The model in memory that was used last; where there is none, the one on its way, or the one that failed."""
+        for state in states or ("loaded", "draining", "loading", "failed"):
+            if found := [life for life in list(self.lives.values()) if life.state == state]:
+                return max(found, key=lambda life: life.used)
+        return None
+
+    @property
+    def engine(self) -> Engine | None:
+        """The current model's."""
+        current = self.current()
+        return current.engine if current else None
 
     @property
     def ready(self) -> bool:
-        return self.status == "loaded"
+        """Can a request be taken? A model that is unloaded on purpose can: asking for it brings it back."""
+        states = {life.state for life in list(self.lives.values())}
+        return "loaded" in states or (not self.switch and states <= {"unloaded"} and bool(self.catalog.models()))
 
-    def load(self) -> None:
-        """Start an engine process; returns at once."""
+    def status(self) -> str:
+        return "switching" if self.switch else "degraded" if self.last_error else "ok" if self.ready else "starting"
+
+    def status_of(self, model: Model) -> str:
+        """One of loaded, loading, unloaded, failed."""
+        life, switch = self.lives.get(model.id), self.switch
+        if life is None:
+            return "unloaded"
+        return "loading" if switch and switch.target is life else "loaded" if life.state == "draining" else life.state
+
+    def queue_depth(self) -> int:
+        lives = list(self.lives.values())
+        return sum(life.waiters + (life.engine.queue_depth() if life.engine else 0) for life in lives)
+
+    def running(self) -> int:
+        """Jobs that are waiting or generating."""
+        return sum(life.waiters + life.jobs() for life in list(self.lives.values()))
+
+    # ── what happens to a model ──
+
+    def preload(self, names: Collection[str]) -> None:
+        """Load these, and start the keeper. Without names: the default model, if it is clear which that is. Raises UsageError."""
+        models = self.catalog.models()
+        if not names and (self.limits.default or len(models) == 1):
+            names = [self.default().id]
         with self.changed:
-            if not self.closing:
-                self.born = time.monotonic()
-                self.status = "loading"
-                try:
-                    self.engine = Engine(self.spec, self.max_jobs, self.patience, self.engine_changed)
-                except OSError as error:  # no file numbers or no memory left for a process: later, maybe
-                    log.error("cannot start the engine: %s", error)
-                    self.status, self.failure = "failed", str(error)
-                    self.later(5.0)
+            for model in filter(None, map(self.catalog.find, names)):
+                self.spec(model)
+                if self.room() and self.life(model).state == "unloaded":
+                    self.start(self.life(model))
+        threading.Thread(target=self.keep, name="keeper", daemon=True).start()
 
-    def engine_changed(self, engine: Engine) -> None:
+    def start(self, life: Life) -> None:
+        """Start an engine process; returns at once. Under the lock."""
+        if self.closing:
+            return
+        life.born, life.restart_at = time.monotonic(), 0.0
+        life.move("loading")
+        try:
+            spec = self.spec(life.model)
+            life.engine = Engine(
+                spec, self.limits.max_jobs, self.limits.patience, lambda engine: self.engine_changed(life, engine)
+            )
+            log.info("loading %s with %s", life.model.path, spec.backend)
+        except (OSError, UsageError) as error:  # no file numbers or no memory left for a process: later, maybe
+            self.failed(life, f"cannot start the engine: {error}")
+            life.restart_at = time.monotonic() + 5.0 if life.was_ready else 0.0
+        self.changed.notify_all()
+
+    def failed(self, life: Life, reason: str) -> None:
+        """A load came to nothing. Under the lock."""
+        log.error("%s", reason)
+        life.move("failed")
+        life.failure = self.last_error = reason
+        if self.switch and self.switch.target is life:
+            victim, self.switch = self.switch.victim, None
+            if victim.state == "unloaded":
+                victim.comes_back = True
+                self.start(victim)
+        self.changed.notify_all()
+
+    def drain(self, life: Life) -> None:
+        """No more requests for it; those in its queue are told. Under the lock."""
+        life.move("draining")
+        if life.engine:
+            life.engine.drop_waiting()
+        self.changed.notify_all()
+
+    def engine_changed(self, life: Life, engine: Engine) -> None:
         """From the engine's reader thread: progress, ready, or dead."""
         if engine.dead is not None:
-            self.engine_died(engine)
+            self.engine_died(life, engine)
         elif engine.info is None:
             self.on_progress(engine.progress)
         else:
             with self.changed:
-                self.status, self.failure, self.was_ready = "loaded", None, True
+                if life.engine is not engine or life.state != "loading":
+                    return
+                life.move("loaded")
+                life.used, life.failure, life.was_ready = life.since, "", True
+                self.last_error = self.last_error if life.comes_back else ""
+                life.comes_back = False
+                if self.switch and self.switch.target is life:
+                    self.switch = None
                 self.changed.notify_all()
             self.on_ready(engine)
 
-    def engine_died(self, engine: Engine) -> None:
+    def engine_died(self, life: Life, engine: Engine) -> None:
+        reason = engine.dead or ""
         with self.changed:
-            if self.closing:
-                return
-            pause = 0.0 if time.monotonic() - self.born > 30 else self.pause
-            self.pause = min(60.0, max(1.0, pause * 2))
-            self.failure = engine.dead
-            # A request waits for an engine that comes back at once; otherwise it is told.
-            self.status = "loading" if engine.info and pause <= 2 else "failed"
-            self.changed.notify_all()
-        if not self.was_ready:
-            self.on_fatal(engine.dead or "")
-            return
-        log.error("%s; starting it again%s", engine.dead, f" in {pause:.0f} s" if pause else "")
-        self.later(pause)
+            if self.closing or life.engine is not engine or life.state not in ("loading", "loaded"):
+                return  # it was told to
+            if not life.was_ready:
+                self.failed(life, reason)
+                fatal = not self.catalog.root and len(self.lives) == 1
+            else:
+                fatal = False
+                self.replace(life, engine, reason)
+        if fatal:
+            self.on_fatal(reason)
 
-    def later(self, pause: float) -> None:
-        timer = threading.Timer(pause, self.load)
-        timer.daemon = True
-        timer.start()
+    def replace(self, life: Life, engine: Engine, reason: str) -> None:
+        """A new engine for one that was ready once and died. Under the lock."""
+        now = time.monotonic()
+        pause = 0.0 if now - life.born > 30 else life.pause
+        life.pause = min(60.0, max(1.0, pause * 2))
+        life.failure = self.last_error = reason
+        leaves = self.switch is not None and self.switch.victim is life  # another is about to take its place
+        # A request waits for an engine that comes back at once; otherwise it is told.
+        life.move("loading" if engine.info and pause <= 2 and not leaves else "failed")
+        life.restart_at = 0.0 if leaves else now + pause
+        log.error("%s%s", reason, "" if leaves else f"; starting it again{f' in {pause:.0f} s' if pause else ''}")
+        self.changed.notify_all()
+
+    # ── the keeper ──
+
+    def keep(self) -> None:
+        while not self.closing:
+            try:
+                present = self.catalog.models()
+                with self.changed:
+                    empty = self.next_move(time.monotonic(), present)
+                    if empty is None:
+                        moving = self.switch or any(life.state == "draining" for life in self.lives.values())
+                        self.changed.wait(0.02 if moving else 0.5)
+                if empty:
+                    self.unload_now(empty)
+            except Exception:  # the keeper keeps
+                log.exception("keeper")
+                time.sleep(1)
+
+    def next_move(self, now: float, present: Collection[str]) -> Life | None:
+        """Whatever is due. The answer is a model that has drained, to be unloaded outside the lock. Under the lock."""
+        for life in list(self.lives.values()):
+            if life.jobs():
+                life.used = now
+            if life.state == "draining" and (life.engine is None or life.engine.retire()):
+                return life
+            if life.restart_at and now >= life.restart_at:
+                life.restart_at = 0.0
+                if life.state == "loading" or self.room():
+                    self.start(life)
+            idle = 0 < self.limits.idle_unload < now - life.used
+            if life.state == "loaded" and (idle or life.model.id not in present) and not life.wanted(now) and not self.switch:
+                log.info("unloading %s: %s", life.model.id, "nobody has asked for it" if idle else "its files are gone")
+                self.drain(life)
+        if switch := self.switch:
+            victim = switch.victim
+            if victim.state == "loaded" and (now >= switch.deadline or not victim.wanted(now)):
+                self.drain(victim)
+            elif victim.state not in IN_MEMORY and switch.target.state not in IN_MEMORY:
+                self.start(switch.target)
+        return None
+
+    def unload_now(self, life: Life) -> None:
+        assert life.engine is not None
+        life.engine.close()
+        with self.changed:
+            life.engine, life.was_ready = None, False
+            life.promised.clear()
+            life.move("unloaded")
+            self.changed.notify_all()
+        log.info("unloaded %s", life.model.id)
+
+    # ── the end ──
 
     def stop_restarting(self) -> None:
         self.closing = True
 
-    def acquire(self, gone: Callable[[], bool]) -> Engine:
-        """The engine, as soon as it is ready. Raises NotReady when it failed or takes too long, QueueFull.
-
-        `gone` is asked now and then whether the client has left; then NotReady, for nobody.
-        """
-        until = time.monotonic() + self.patience
-        with self.changed:
-            if self.waiters >= self.max_jobs:
-                raise QueueFull
-            self.waiters += 1
-            try:
-                while not (self.ready and self.engine and self.engine.ready):
-                    if self.closing:
-                        raise NotReady("the server is shutting down")
-                    if self.status == "failed":
-                        raise NotReady(f"the model failed: {self.failure}")
-                    if time.monotonic() > until or gone():
-                        raise NotReady("the model is still being loaded")
-                    self.changed.wait(0.1)
-                return self.engine
-            finally:
-                self.waiters -= 1
-
-    def submit(self, start: Callable[[Engine], Job], gone: Callable[[], bool]) -> Job:
-        """A job in a ready engine, made by `start`. Raises NotReady, QueueFull."""
-        while True:
-            engine = self.acquire(gone)
-            try:
-                return start(engine)
-            except EngineFailed:
-                continue  # it died in between: wait for the next one
-
-    def queue_depth(self) -> int:
-        return self.waiters + (self.engine.queue_depth() if self.engine else 0)
-
-    def running(self) -> int:
-        """Jobs that are waiting or generating."""
-        return self.waiters + (len(self.engine.jobs) if self.engine else 0)
+    def engines(self) -> list[Engine]:
+        return [life.engine for life in list(self.lives.values()) if life.engine]
 
     def close(self) -> None:
         with self.changed:
             self.closing = True
             self.changed.notify_all()
-        if self.engine:
-            self.engine.close()
+        for engine in self.engines():
+            engine.close()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import codecs
+import difflib
 import errno
 import hmac
 import json
@@ -36,8 +37,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import model_init
 from backends import (
@@ -56,10 +58,20 @@ from backends import (
     Sampling,
     Started,
     TokenLogprob,
+    Unloading,
     log,
 )
-from constraints import Unsupported, choice_grammar, object_grammar, own_grammar, regex_grammar, schema_grammar, violation
-from model_init import Models, NotReady, UsageError
+from constraints import (
+    Unsupported,
+    choice_grammar,
+    object_grammar,
+    own_grammar,
+    regex_grammar,
+    regex_matches,
+    schema_grammar,
+    violation,
+)
+from model_init import RETRY_S, ROLES, Conflict, Model, Models, NotReady, Profile, StillLoading, UnknownModel, UsageError
 
 VERSION = "0.1.0"
 
@@ -87,14 +99,22 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Iterable[tuple[str, str]] = (),
         close: bool = False,
+        **more: Any,
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers, self.close = tuple(headers), close
+        self.headers, self.close, self.more = tuple(headers), close, more
 
     def body(self) -> dict[str, Any]:
         kind = ERROR_TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.more}}
+
+
+class SpinningUp(ApiError):
+    """No error, but no answer either: 202, with the body that llm-serve's clients know."""
+
+    def body(self) -> dict[str, Any]:
+        return {"object": "model.load", "status": "spinning_up"} | self.more
 
 
 class PeerGone(Exception):
@@ -114,8 +134,18 @@ def as_api_error(error: Exception) -> ApiError:
             code="queue_full",
             headers=[("Retry-After", "1")],
         )
+    later = [("Retry-After", str(RETRY_S))]
     if isinstance(error, NotReady):
-        return ApiError(503, f"Not ready: {error}.", code="not_ready", headers=[("Retry-After", "2")])
+        return ApiError(503, f"Not ready: {error}.", code="not_ready", headers=later)
+    if isinstance(error, StillLoading):
+        return SpinningUp(
+            202, f"{error}", headers=later,
+            model=error.model, current_model=error.current, retry_after_seconds=RETRY_S, eta_seconds=None,
+        )  # fmt: skip
+    if isinstance(error, Conflict):
+        return ApiError(409, f"Try again: {error}.", "model", "model_conflict", later, current_model=error.current)
+    if isinstance(error, Unloading):
+        return ApiError(409, f"Try again: {error}.", "model", "model_swapped", later)
     if isinstance(error, EngineFailed):
         return ApiError(500, f"The engine failed: {error}. Try again.", code="engine_failed")
     log.error("bug: %s", error, exc_info=error)
@@ -249,7 +279,16 @@ class Constraint:
     """What a completion must be: the grammar that the engine follows, and the check when it has ended."""
 
     grammar: str
-    check: Callable[[str], str | None]  # what is wrong with a finished text, or None
+    check: Callable[[str], str | None] | None  # what is wrong with a finished text, or None; without: only the engine knows
+
+    def fault(self, text: str, cut: bool) -> str | None:
+        """What is wrong with a text that the engine has ended, or that a stop string or token has cut."""
+        if self.check is None:
+            return "it ends where the grammar may not" if cut else None
+        try:
+            return self.check(text)
+        except Unsupported as error:
+            return str(error)
 
 
 def json_constraint(schema: Any, where: str) -> Constraint:
@@ -271,12 +310,18 @@ def refuse_unsupported(convert: Callable[[Any], str], source: Any, where: str) -
 
 def read_response_format(value: Any) -> Constraint | None:
     check(isinstance(value, dict))
-    kind = value.get("type")
+    given = {name: item for name, item in value.items() if item is not None}
+    kind = given.get("type")
+    if kind == "json_object" and "schema" in given:  # llama-server's spelling
+        kind, given = "json_schema", {"type": "json_schema", "json_schema": {"schema": given.get("schema")}}
+    check(set(given) <= {"type", "json_schema"} and (kind == "json_schema" or len(given) == 1))
     if kind == "text":
         return None
     if kind == "json_object":
         return Constraint(object_grammar(), json_constraint({"type": "object"}, "response_format").check)
+    value = given
     check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
+    check(set(value["json_schema"]) <= {"name", "description", "schema", "strict"})
     check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
     return json_constraint(value["json_schema"]["schema"], "response_format")
 
@@ -290,17 +335,21 @@ def read_structured_outputs(value: Any) -> Constraint | None:
     ((name, source),) = given.items()
     where = "structured_outputs"
     if name == "json":
-        return json_constraint(parse_json(source.encode()) if isinstance(source, str) else source, where)
+        try:
+            source = parse_json(source.encode()) if isinstance(source, str) else source
+        except ApiError as error:
+            raise ApiError(400, f"'{where}': {error.message}", where) from None
+        return json_constraint(source, where)
     if name == "regex":
         check(isinstance(source, str))
         grammar = refuse_unsupported(regex_grammar, source, where)
-        return Constraint(grammar, lambda text: None if re.fullmatch(source, text) else "it does not match the regex")
+        return Constraint(grammar, lambda text: None if regex_matches(source, text) else "it does not match the regex")
     if name == "choice":
         check(isinstance(source, list) and bool(source) and all(isinstance(item, str) and item for item in source))
         grammar = refuse_unsupported(choice_grammar, source, where)
         return Constraint(grammar, lambda text: None if text in source else "it is none of the choices")
     check(name == "grammar" and isinstance(source, str) and 0 < len(source) <= 100_000)
-    return Constraint(refuse_unsupported(own_grammar, source, where), lambda text: None)
+    return Constraint(refuse_unsupported(own_grammar, source, where), None)
 
 
 RESPONSE_FORMAT = Kind(
@@ -308,7 +357,6 @@ RESPONSE_FORMAT = Kind(
 )
 STRUCTURED = Kind("an object with one of json, regex, choice, grammar", read_structured_outputs)
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # passed on: templates know them
 
 
@@ -370,7 +418,7 @@ def never(*free: Any) -> Field:
 
 # The one place where a field is declared: validation, GET /v1/capabilities and README's tables all come from these rows.
 GENERATION = {
-    "model": Field(NAME, "any name: the one served model answers, and the name is echoed"),
+    "model": Field(NAME, "an id or alias of GET /v1/models; where only one is served, any name; the reply echoes it"),
     "stream": Field(BOOLEAN, "answer as server-sent events"),
     "stream_options": Field(STREAM_OPTIONS, "`include_usage`: one more chunk with the usage; only with stream"),
     "temperature": Field(number(0, 2), "0 is greedy; default: the model's own, else 0.7"),
@@ -434,9 +482,9 @@ COMPLETIONS = GENERATION | {
 }  # fmt: skip
 EMBEDDINGS = {
     "model": GENERATION["model"],
-    "input": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those"),
-    "encoding_format": Field(one_of("float", "base64"), "base64: little-endian float32"),
-    "dimensions": Field(integer(1, 1 << 16), "the first so many, scaled to length 1 again"),
+    "input": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those", "embeddings"),
+    "encoding_format": Field(one_of("float", "base64"), "base64: little-endian float32", "embeddings"),
+    "dimensions": Field(integer(1, 1 << 16), "the first so many, scaled to length 1 again", "embeddings"),
 }
 TOKENIZE = {
     "model": GENERATION["model"],
@@ -457,6 +505,14 @@ TEMPLATE = {
     name: CHAT[name]
     for name in ("model", "messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 }
+OPERATE = {
+    "model": GENERATION["model"],
+    "stream": Field(BOOLEAN, "load: tell the progress as server-sent events"),
+}
+PROMPT_FIELDS = {
+    "/chat/completions": "messages", "/embeddings": "input", "/tokenize": "content", "/detokenize": "tokens",
+    "/apply-template": "messages",
+}  # fmt: skip
 ALIASES = {"repeat_penalty": "repetition_penalty"}
 INERT = (  # change nothing about an answer
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -537,6 +593,8 @@ def check_together(values: dict[str, Any]) -> None:
     if values.get("response_format") and values.get("structured_outputs"):
         raise ApiError(400, "'structured_outputs' and 'response_format' exclude each other.", "structured_outputs")
     if values.get("response_format") or values.get("structured_outputs"):
+        if values.get("echo"):
+            raise ApiError(400, "'echo' excludes a constraint: the prompt is no part of what is constrained.", "echo")
         for name in ("min_tokens", "ignore_eos"):
             if values.get(name):
                 raise ApiError(400, f"'{name}' excludes a constraint: the constraint says when the text is complete.", name)
@@ -629,6 +687,8 @@ BODIES = {
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
     "/apply-template": TEMPLATE,
+    "/models/load": OPERATE,
+    "/models/unload": OPERATE,
 }
 
 
@@ -707,9 +767,12 @@ class Completion:
         self.tokens += delta.tokens
         self.first_at, self.last_at = self.first_at or delta.at, delta.at
         choice.text.append(delta.text)
-        if self.constraint and delta.finish == "stop" and (wrong := self.constraint.check("".join(choice.text))):
-            log.info("%s: a stop string or token has cut a constrained text: %s", self.id, wrong)
-            delta = delta._replace(finish="length")
+        if delta.finish in ("stop", "cut"):
+            text, cut = "".join(choice.text), delta.finish == "cut"
+            wrong = self.constraint.fault(text, cut) if self.constraint else None
+            if wrong:
+                log.info("%s: a stop string or token has cut a constrained text: %s", self.id, wrong)
+            delta = delta._replace(finish="length" if wrong else "stop")
         choice.finish = delta.finish
         return delta
 
@@ -857,8 +920,8 @@ class Chunks:
 DONE = b"data: [DONE]\n\n"
 
 
-def error_event(error: ApiError) -> bytes:
-    return b"data: " + compact(error.body()) + b"\n\n"
+def sse(payload: Any) -> bytes:
+    return b"data: " + compact(payload) + b"\n\n"
 
 
 def merge(events: list[Event]) -> Iterator[Event]:
@@ -931,7 +994,10 @@ class Handler(BaseHTTPRequestHandler):
             self.status = 499
             raise
         except Exception as error:
-            self.fail(as_api_error(error))
+            told = as_api_error(error)
+            if isinstance(error, Refused) and told.param == "prompt":  # the engine's word for it, on every route
+                told.param = PROMPT_FIELDS.get(self.path.partition("?")[0].rstrip("/").removeprefix("/v1"), "prompt")
+            self.fail(told)
         finally:
             if self.command != "GET" or self.status >= 400:
                 log.info("%s %s %s%s", self.command, self.path[:200], self.status, self.log_note)
@@ -940,7 +1006,7 @@ class Handler(BaseHTTPRequestHandler):
         """Render any error, before or inside a stream."""
         self.log_note += f" {error.message[:300]}"
         if self.streaming:
-            self.write(self.framed(error_event(error) + DONE))
+            self.write(self.framed(sse(error.body()) + DONE))
             self.end_stream()
             return
         if error.close:
@@ -977,11 +1043,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.draining:
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         if action not in OPEN_TO_ALL:
-            self.authenticate()
+            self.authenticate(action in OPERATORS)
         action(self) if argument is None else action(self, argument)
 
-    def authenticate(self) -> None:
+    def authenticate(self, operator: bool) -> None:
         wanted = self.server.api_key
+        if operator:
+            if self.server.admin is None:
+                raise ApiError(403, "Loading and unloading by request is off: start the server with --admin.", code="admin_off")
+            wanted = self.server.admin or wanted
         if not wanted:
             return
         scheme, _, bearer = self.headers.get("Authorization", "").partition(" ")
@@ -1127,9 +1197,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_root(self) -> None:
         models = self.server.models
+        current = models.current()
         self.reply(200, {
-            "service": "openai_api_endpoint", "version": VERSION, "model": models.model.id, "status": models.status,
-            "engine": models.spec.backend, "routes": list(ROUTES),
+            "service": "openai_api_endpoint", "version": VERSION, "status": models.status(),
+            "model": current and models.catalog.public(current.model), "engine": current and models.backend(current.model),
+            "routes": list(ROUTES),
         })  # fmt: skip
 
     def get_health(self) -> None:
@@ -1142,76 +1214,124 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_healthz(self) -> None:
         models = self.server.models
-        status = {"loaded": "ok", "loading": "starting", "failed": "degraded"}[models.status]
+        current, switch = models.current(), models.switch
         body = {
-            "status": status,
-            "loaded": models.ready,
-            "model_id": models.model.id,
-            "inference_backend": models.spec.backend,
+            "status": models.status(),
+            "loaded": current is not None and current.state == "loaded",
+            "model_id": current and models.catalog.public(current.model),
+            "inference_backend": current and models.backend(current.model),
             "queue_depth": models.queue_depth(),
-            "switch_in_progress": False,
-            "switch_target_model": None,
+            "switch_in_progress": switch is not None,
+            "switch_target_model": switch and models.catalog.public(switch.target.model),
         }
-        self.reply(200, body | ({"last_error": models.failure} if status == "degraded" else {}))
+        self.reply(200, body | ({"last_error": models.last_error} if models.last_error else {}))
 
-    def model_card(self) -> dict[str, Any]:
-        models = self.server.models
+    def model_card(self, model: Model) -> dict[str, Any]:
+        name, status = self.server.models.catalog.public(model), self.server.models.status_of(model)
         return {
-            "id": models.model.id, "object": "model", "created": models.model.created, "owned_by": "local", "permission": [],
-            "root": models.model.id, "parent": None, "status": models.status, "loaded": models.ready,
+            "id": name, "object": "model", "created": model.created, "owned_by": self.server.profile.owned_by,
+            "permission": [], "root": name, "parent": None, "status": status, "loaded": status == "loaded",
         }  # fmt: skip
 
     def get_models(self) -> None:
-        self.reply(200, {"object": "list", "data": [self.model_card()]})
+        models = list(self.server.models.catalog.models().values())
+        self.reply(200, {"object": "list", "data": [self.model_card(model) for model in models]})
 
     def get_model(self, name: str) -> None:
-        if name != self.server.models.model.id:
-            raise ApiError(
-                404,
-                f"There is no model {name!r}; the one served is {self.server.models.model.id!r}.",
-                "model",
-                "model_not_found",
-            )
-        self.reply(200, self.model_card())
+        model = self.server.models.catalog.find(name)
+        if model is None:
+            raise ApiError(404, f"There is no model {name!r}. GET /v1/models lists them.", "model", "model_not_found")
+        self.reply(200, self.model_card(model))
 
     def get_capabilities(self) -> None:
-        self.reply(200, capabilities(self.server.models.spec.backend))
+        models = self.server.models
+        self.reply(200, capabilities(models.backend(models.resolve(self.query("model")))))
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
-        info = self.server.models.acquire(self.peer_gone).info
+        model = self.server.models.resolve(self.query("model"))
+        info = self.server.models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
         self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
 
     # ── POST routes that generate ──
 
     def read(self, table: dict[str, Field]) -> dict[str, Any]:
-        """The body's fields; names that nobody knows are told in a header."""
-        values, ignored = read_fields(parse_json(self.body), table, self.server.models.spec.backend, self.server.strict)
+        """The body's fields, and self.model. Names that nobody knows are told in a header."""
+        body, models, unknown = parse_json(self.body), self.server.models, None
+        asked = body.get("model") if isinstance(body, dict) else None
+        try:
+            self.model = models.resolve(asked if isinstance(asked, str) else None)
+        except UnknownModel as error:
+            unknown, self.model = error, models.default()  # a bad field is told first
+        values, ignored = read_fields(body, table, models.backend(self.model), self.server.strict)
         self.server.note_ignored(ignored)
         if ignored:
             self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in ignored[:32])))
+        self.check_profile(values)
+        if unknown:
+            status = int(models.limits.unknown) if asked and models.limits.unknown.isdigit() else 404 if asked else 400
+            raise ApiError(status, f"{unknown}.", "model", "model_not_found" if asked else None)
         return values
 
+    def check_profile(self, values: dict[str, Any]) -> None:
+        """What the profile asks of every request."""
+        profile = self.server.profile
+        for i, message in enumerate(values.get("messages", ())):
+            if message["role"] not in profile.roles:
+                where = f"messages[{i}].role"
+                raise ApiError(400, f"'{where}' must be one of {', '.join(profile.roles)} (--roles).", where)
+        for name in ("max_tokens", "max_completion_tokens"):
+            if profile.max_tokens_limit and values.get(name, 0) > profile.max_tokens_limit:
+                raise ApiError(400, f"'{name}' must be at most {profile.max_tokens_limit} (--max-tokens-limit).", name)
+
+    def client(self) -> str:
+        """Who asks, for fairness: an API key from an address."""
+        key = self.headers.get("Authorization", "") or self.headers.get("X-Api-Key", "")
+        return f"{self.client_address[0]} {hash(key)}"
+
+    def prefers_to_wait(self) -> float | None:
+        """`Prefer: wait=N` (RFC 7240, section 4.3), in seconds."""
+        found = re.search(r"(?:^|[,;\s])wait=(\d{1,6})\b", self.headers.get("Prefer", ""))
+        if not found:
+            return None
+        self.extra.append(("Preference-Applied", f"wait={found[1]}"))
+        return min(float(found[1]), self.server.request_timeout)
+
+    def query(self, name: str) -> str | None:
+        return next(iter(parse_qs(urlsplit(self.path).query).get(name, [])), None)
+
+    def submit(self, start: Callable[[Engine], Job]) -> Job:
+        return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())
+
+    def model_name(self, values: dict[str, Any]) -> str:
+        """A reply names the model as the request did."""
+        return values.get("model") or self.server.models.catalog.public(self.model)
+
     def post_chat_completions(self) -> None:
-        values = self.read(CHAT)
+        profile, values = self.server.profile, self.read(CHAT)
+        values = {"stream": profile.stream} | profile.sampling() | values
         check_together(values)
-        self.generate([chat_prompt(values)], values, CHAT_SHAPE)
+        self.generate([chat_prompt(values)], values, CHAT_SHAPE, profile.max_tokens)
 
     def post_completions(self) -> None:
-        values = {"max_tokens": 16} | self.read(COMPLETIONS)
+        values = self.server.profile.sampling() | self.read(COMPLETIONS)
         check_together(values)
-        self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE)
+        self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE, 16)
 
-    def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape) -> None:
+    def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape, max_tokens: int | None) -> None:
+        """`max_tokens`: where the request does not say."""
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told or self.server.record:
             prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
-        job = self.server.models.submit(lambda engine: engine.submit(prompts, sampling), self.peer_gone)
+        if sampling.max_tokens is None:
+            sampling = replace(sampling, max_tokens=max_tokens, cut=True)
+        client = self.client()
+        job = self.submit(lambda engine: engine.submit(prompts, sampling, client))
         assert job.engine.info is not None
         completion = Completion(
             shape.prefix + uuid.uuid4().hex,
-            values.get("model") or self.server.models.model.id,
+            self.model_name(values),
             job.engine.info.fingerprint,
             [Choice() for _ in range(sampling.n * len(prompts))],
             shape,
@@ -1301,7 +1421,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """One call to the engine."""
-        job = self.server.models.submit(lambda engine: engine.call(name, arguments), self.peer_gone)
+        job = self.submit(lambda engine: engine.call(name, arguments))
         until = time.monotonic() + self.server.request_timeout
         try:
             while time.monotonic() < until:
@@ -1316,25 +1436,68 @@ class Handler(BaseHTTPRequestHandler):
             job.cancel()
         raise ApiError(504, f"No answer within {self.server.request_timeout:g} s (--request-timeout).", code="timeout")
 
+    # ── the operator's routes ──
+
+    def post_load(self) -> None:
+        """Load a model and tell when it is there; `stream`: how far it is, as server-sent events."""
+        values = self.read(OPERATE)
+        models, wait = self.server.models, self.prefers_to_wait()
+        if values.get("stream"):
+            return self.stream_load()
+        models.acquire(self.model, self.client(), self.peer_gone, self.server.request_timeout if wait is None else wait)
+        self.reply(200, self.load_event("loaded"))
+
+    def stream_load(self) -> None:
+        models, told = self.server.models, b""
+        while True:
+            try:
+                models.acquire(self.model, self.client(), self.peer_gone, 0.1)
+                status = "loaded"
+            except (StillLoading, Conflict):
+                status = "loading"
+            life = models.life(self.model)
+            event = sse(self.load_event(status) | {"progress": 1.0 if status == "loaded" else round(life.progress, 3)})
+            if not self.streaming:
+                self.begin_stream(event)
+            elif event != told:
+                self.write(self.framed(event))
+            told = event
+            if status == "loaded":
+                self.write(self.framed(DONE))
+                return self.end_stream()
+            if self.peer_gone():
+                raise PeerGone
+
+    def post_unload(self) -> None:
+        """Take a model out of memory, once it has answered what it has begun."""
+        self.read(OPERATE)
+        life = self.server.models.unload(self.model)
+        until = time.monotonic() + self.server.request_timeout
+        while life.state == "draining" and time.monotonic() < until and not self.peer_gone():
+            time.sleep(PEER_CHECK_S)
+        self.reply(200, self.load_event(life.state) | {"object": "model.unload"})
+
+    def load_event(self, status: str) -> dict[str, Any]:
+        return {"object": "model.load", "status": status, "model": self.server.models.catalog.public(self.model)}
+
     def post_embeddings(self) -> None:
         values = self.read(EMBEDDINGS)
         prompts = require(values, "input", EMBEDDINGS)
-        if not self.server.models.spec.embeddings:
+        if not self.server.models.spec(self.model).embeddings:
             raise ApiError(
                 400, "Start the server with --embeddings (and --backend llamacpp).", "model", "unsupported_parameter"
             )
         answer = self.ask("embed", prompts=prompts)
         data = [embedding(i, vector, values) for i, vector in enumerate(answer["vectors"])]
         usage = {"prompt_tokens": answer["tokens"], "total_tokens": answer["tokens"]}
-        model = values.get("model") or self.server.models.model.id
-        self.reply(200, {"object": "list", "data": data, "model": model, "usage": usage})
+        self.reply(200, {"object": "list", "data": data, "model": self.model_name(values), "usage": usage})
 
     def post_tokenize(self) -> None:
         values = self.read(TOKENIZE)
         given = [values[name] for name in ("content", "prompt", "text") if name in values]
         if len(given) + ("messages" in values) != 1:
             raise ApiError(400, "Give one of 'content', 'prompt', 'text' and 'messages'.", "content")
-        special = values.get("add_special", values.get("add_special_tokens", True))
+        special = values.get("add_special", values.get("add_special_tokens", bool(given)))
         prompt = Prompt(text=given[0]) if given else chat_prompt(values)
         with_pieces, strings = values.get("with_pieces"), values.get("return_token_strs")
         answer = self.ask("tokenize", prompt=prompt, add_special=special, pieces=bool(with_pieces or strings))
@@ -1389,6 +1552,8 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/models/{id}": {"GET": Handler.get_model},
     "/capabilities": {"GET": Handler.get_capabilities},
     "/tokenizer_info": {"GET": Handler.get_tokenizer_info},
+    "/models/load": {"POST": Handler.post_load},
+    "/models/unload": {"POST": Handler.post_unload},
     "/chat/completions": {"POST": Handler.post_chat_completions},
     "/completions": {"POST": Handler.post_completions},
     "/embeddings": {"POST": Handler.post_embeddings},
@@ -1396,6 +1561,7 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/detokenize": {"POST": Handler.post_detokenize},
     "/apply-template": {"POST": Handler.post_apply_template},
 }
+OPERATORS = {Handler.post_load, Handler.post_unload}  # only with --admin
 OPEN_TO_ALL = {Handler.get_root, Handler.get_health, Handler.get_healthz}  # no API key needed
 
 
@@ -1430,7 +1596,11 @@ class Server(ThreadingHTTPServer):
         max_body: int = 16 << 20,
         strict: bool = False,
         record: str = "",
+        profile: Profile | None = None,
+        admin: str | None = None,
     ):
+        self.profile = profile or Profile()
+        self.admin = admin  # None: no operator's routes; "": for whoever may use the others; else their key
         self.models, self.api_key, self.request_timeout, self.max_body = models, api_key, request_timeout, max_body
         self.strict, self.record, self.record_lock = strict, record, threading.Lock()
         self.draining = False
@@ -1499,55 +1669,69 @@ class Server(ThreadingHTTPServer):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message}. Try --help.\n")
+        if found := re.match(r"unrecognized arguments: (-\S+)", message):
+            word = model_init.same_dashes([found[1].partition("=")[0]])[0]
+            known = [option for action in self._actions if action.help != argparse.SUPPRESS for option in action.option_strings]
+            near = difflib.get_close_matches(word, known, 1, 0.7)
+            message = f"there is no flag {word}" + (f", did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}{'' if message.endswith('?') else '.'} Try --help.\n")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description="Serve a local language model over the OpenAI API.", allow_abbrev=False)
+    return make_parser().parse_args(model_init.same_dashes(argv))
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        description="Serve local language models over the OpenAI API.",
+        epilog="`_` may stand for `-`. The flags of exllamav3's model_init (-gs, --gpu_split, …) are accepted too.",
+        allow_abbrev=False,
+    )
     server = parser.add_argument_group("server")
-    server.add_argument("-H", "--host", default="localhost", help="address to listen on; 0.0.0.0: all (default localhost)")
-    server.add_argument(
-        "-p", "--port", type=model_init.whole(0, 65535), default=8000, help="port, 0: any free one (default 8000)"
-    )
-    server.add_argument(
-        "--api-key",
-        default=os.environ.get("API_KEY", ""),
-        metavar="KEY",
-        help="ask clients for this key; default: the environment's API_KEY, else none",
-    )
-    server.add_argument(
-        "--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them"
-    )
-    server.add_argument(
-        "--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py"
-    )
-    server.add_argument(
-        "--grace",
-        type=model_init.seconds,
-        default=10.0,
-        metavar="S",
-        help="seconds that running answers get when the server is stopped (default 10)",
-    )
-    server.add_argument(
-        "--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-    )
-    server.add_argument("--version", action="version", version=VERSION)
+    add = server.add_argument
+    add("--profile", choices=list(model_init.PROFILES), default="neutral",
+        help="defaults as another server's users know them (README has the table); each is a flag of its own")  # fmt: skip
+    add("-H", "--host", help="address to listen on; 0.0.0.0: all; default: the profile's (localhost)")
+    add("-p", "--port", type=model_init.whole(0, 65535), help="port, 0: any free one; default: the profile's (8000)")
+    add("--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them")
+    add("--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py")
+    add("--grace", type=model_init.seconds, default=10.0, metavar="S",
+        help="seconds that running answers get when the server is stopped (default 10)")  # fmt: skip
+    add("--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
+    add("--version", action="version", version=VERSION)
     model_init.add_args(parser)
-    return parser.parse_args(model_init.same_dashes(argv))
+    add = parser.add_argument_group("security").add_argument
+    add("--api-key", default=os.environ.get("API_KEY", ""), metavar="KEY",
+        help="ask clients for this key; default: the environment's API_KEY, else none")  # fmt: skip
+    add("--admin", action="store_true", help="also serve /v1/models/load and /v1/models/unload")
+    add("--admin-key", metavar="KEY", help="the same, for those who send this key")
+    return parser
 
 
 def banner(server: Server, engine: Engine) -> str:
-    info, model = engine.info, server.models.model
+    info, models = engine.info, server.models
     assert info is not None
+    return f"""
+  {Path(engine.spec.path).name if len(models.catalog.models()) > 1 else next(iter(models.catalog.models()), "")}
+  {info.library}, {info.threads} threads, {info.slots} slots, context {info.context} tokens, KV cache {info.cache_tokens} tokens
+{listening(server)}"""
+
+
+def listening(server: Server) -> str:
     host, port = str(server.server_address[0]), server.server_port
     url = f"http://{'localhost' if host in ('0.0.0.0', '::', '127.0.0.1') else host}:{port}"
-    return f"""
-  {model.id}
-  {info.library}, {info.threads} threads, {info.slots} slots, context {info.context} tokens, KV cache {info.cache_tokens} tokens
+    stream = ',"stream":false' if server.profile.stream else ""
+    names = list(server.models.catalog.models().values())
+    model = (
+        f'"model":"{server.models.catalog.public(names[0])}",'
+        if len(names) > 1 or server.models.limits.absent == "refuse"
+        else ""
+    )
+    return f"""\
   listening on {url}  (OpenAI base_url: {url}/v1)
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"messages":[{{"role":"user","content":"What is the capital of France?"}}]}}'
+    -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
 """
 
 
@@ -1557,37 +1741,44 @@ class Service:
     def __init__(self, args: argparse.Namespace):
         self.args, self.exit_code, self.greeted, self.stopping = args, 0, False, False
         self.models = model_init.init(args)
+        profile = model_init.profile_of(args)
         try:
             self.server = Server(
-                (args.host, args.port),
+                (profile.host, profile.port),
                 self.models,
                 api_key=args.api_key,
                 request_timeout=args.request_timeout,
                 strict=args.strict,
                 record=args.record,
+                profile=profile,
+                admin=args.admin_key or ("" if args.admin else None),
             )
         except OSError as error:
-            raise UsageError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
+            raise UsageError(f"cannot listen on {profile.host}:{profile.port}: {error.strerror or error}") from None
         self.models.on_ready, self.models.on_progress, self.models.on_fatal = self.ready, self.progress, self.fatal
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        log.info(
-            "listening on port %d, loading %s with %s",
-            self.server.server_address[1],
-            self.models.model.path,
-            self.models.spec.backend,
-        )
-        self.models.load()
+        log.info("listening on port %d", self.server.server_address[1])
+        self.models.preload(["none"] if self.args.preload == "none" else model_init.preloaded(self.args))
+        if not self.models.lives:
+            self.greet_catalog()
         self.server.serve_forever()
         self.server.drain(self.args.grace)
         self.models.close()
         return self.exit_code
 
+    def greet_catalog(self) -> None:
+        """The banner of a server that loads models when they are asked for."""
+        names = [self.models.catalog.public(model) for model in self.models.catalog.models().values()]
+        shown = "\n  ".join(names[:20] + ([f"… and {len(names) - 20} more"] if len(names) > 20 else []))
+        print(f"\n  {shown or 'no model yet'}\n  each loaded when it is asked for\n{listening(self.server)}", flush=True)
+        self.greeted = True
+
     def ready(self, engine: Engine) -> None:
         if self.greeted:
-            log.info("engine ready again")
+            log.info("%s is ready", Path(engine.spec.path).name)
         else:
             print(banner(self.server, engine), flush=True)
             self.greeted = True
@@ -1603,8 +1794,8 @@ class Service:
 
     def stop(self, number: int, _frame: Any) -> None:
         if self.stopping:  # the second Ctrl-C
-            if self.models.engine:
-                self.models.engine.kill()
+            for engine in self.models.engines():
+                engine.kill()
             os._exit(128 + number)
         self.stopping = True
         self.models.stop_restarting()

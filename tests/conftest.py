@@ -80,14 +80,13 @@ def until(condition, timeout=60):
 
 
 @contextlib.contextmanager
-def serve(model, spec, max_jobs=40, ready=True, folder=None, **options):
-    models = model_init.Models(model, spec, max_jobs, 60)
+def serve(models, ready=True, folder=None, **options):
     server = endpoint.Server(("127.0.0.1", 0), models, **options)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     served = Served(server, models, folder)
     try:
-        models.load()
+        models.preload([])
         if ready:
             served.wait_ready()
         yield served
@@ -97,10 +96,30 @@ def serve(model, spec, max_jobs=40, ready=True, folder=None, **options):
         models.close()
 
 
-@contextlib.contextmanager
+def serve_one(model, spec, max_jobs=40, **options):
+    limits = model_init.Limits(max_jobs=max_jobs, patience=60, default=model.id)
+    return serve(model_init.Models(model_init.Catalog(fixed=[model]), lambda model: spec, limits), **options)
+
+
 def serve_scripted(folder, slots=2, queue=2, **options):
     model = model_init.Model("scripted", Path(folder), "gguf", 1234)
-    with serve(model, EngineSpec("scripted:Scripted", str(folder), slots), slots + queue, folder=folder, **options) as served:
+    spec = EngineSpec("scripted:Scripted", str(folder), slots)
+    return serve_one(model, spec, slots + queue, folder=folder, **options)
+
+
+@contextlib.contextmanager
+def serve_many(folder, names, slots=2, queue=2, profile=None, **limits):
+    """Several scripted models; `.at[name]` is a model's folder of switches."""
+    models = [model_init.Model(name, Path(folder) / name, "gguf", 1234) for name in names]
+    for model in models:
+        model.path.mkdir(parents=True)
+    lives = model_init.Models(
+        model_init.Catalog(fixed=models),
+        lambda model: EngineSpec("scripted:Scripted", str(model.path), slots),
+        model_init.Limits(max_jobs=slots + queue, patience=60, **limits),
+    )
+    with serve(lives, ready=False, folder=models[0].path, profile=profile, admin="") as served:
+        served.at = {model.id: model.path for model in models}
         yield served
 
 
@@ -120,5 +139,7 @@ def served(request, demo):
     """The demo model on each engine that is installed."""
     if lack := missing_library(request.param):
         pytest.skip(lack)
-    with serve(demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384, embeddings=request.param == "llamacpp")) as served:
+    with serve_one(
+        demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384, embeddings=request.param == "llamacpp")
+    ) as served:
         yield served

@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from conftest import serve
+from conftest import serve_one
 
 import model_init
 from backends import EngineSpec, missing_library
@@ -44,7 +44,7 @@ def test_answer(served):
     reply = ask(served, QUESTION, temperature=0)
     assert text(reply)
     assert reply["usage"]["prompt_tokens"] == 37
-    if served.models.spec.backend == "openvino":  # llama.cpp's arithmetic leads this small model elsewhere
+    if served.models.engine.spec.backend == "openvino":  # llama.cpp's arithmetic leads this small model elsewhere
         assert "Paris" in text(reply)
 
 
@@ -152,7 +152,7 @@ def test_prefix_is_reused(served):
     second = served.request("POST", "/v1/chat/completions", {"messages": talk, "max_tokens": 4})[1]
     assert first["usage"]["prompt_tokens"] > 1000
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
-    if served.models.spec.backend == "openvino":
+    if served.models.engine.spec.backend == "openvino":
         assert cached is None  # it cannot tell, and we do not guess
     else:
         assert cached > 0.9 * first["usage"]["prompt_tokens"]
@@ -162,7 +162,7 @@ def test_a_prefix_is_copied_from_a_busy_slot(served):
     """n choices share one prefill, also where the first still runs."""
     reply = ask(served, LONG, n=3, max_tokens=8)
     assert len(reply["choices"]) == 3
-    if served.models.spec.backend == "llamacpp":
+    if served.models.engine.spec.backend == "llamacpp":
         a, b = together([lambda: ask(served, LONG + "A?", max_tokens=60), lambda: ask(served, LONG + "B?", max_tokens=60)])
         assert all(r["usage"]["prompt_tokens_details"]["cached_tokens"] > 500 for r in (a, b))
 
@@ -242,7 +242,7 @@ def test_openvino_ir_folder(tmp_path, demo):
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048}')
     model = model_init.find_model(tmp_path)
     assert (model.kind, model_init.choose_backend(model, "auto")) == ("openvino", "openvino")
-    with serve(model, EngineSpec("openvino", str(tmp_path))) as served:
+    with serve_one(model, EngineSpec("openvino", str(tmp_path))) as served:
         assert "Paris" in text(ask(served, QUESTION, temperature=0))
         assert served.models.engine.info.context == 2048
     (tmp_path / "openvino_detokenizer.bin").unlink()

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -37,6 +39,14 @@ def one_line(text):
     [
         (["--port", "high"], "whole number from 0 to 65535"),
         (["--nonsense"], "--nonsense"),
+        (["--modle-dir", "x"], "did you mean --model-dir"),
+        (["--max_parralel=2"], "did you mean --max-parallel"),
+        (["--models-dir", "/no/such/folder"], "no such folder"),
+        (["--models-dir", "@empty", "--default-model", "x"], "no model 'x'"),
+        (["--models-dir", "@empty", "--preload", "x"], "no model 'x'"),
+        (["--profile", "none"], "invalid choice"),
+        (["--roles", "user,boss"], "user,boss"),
+        (["--default-temperature", "nan"], "from 0 to 2"),
         (["--max-parallel", "0"], "from 1 to 256"),
         (["--request-timeout", "nan"], "number of seconds"),
         (["--backend", "magic"], "magic"),
@@ -56,12 +66,12 @@ def test_wrong_command_lines(args, words, tmp_path, demo):
     (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
     for name in ("a.gguf", "b.gguf"):
-        (tmp_path / "two" / name).touch()
+        (tmp_path / "two" / name).write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     (tmp_path / "junk").write_bytes(b"no model at all")
     (tmp_path / "short").write_bytes(demo.path.read_bytes()[:200])
     for name, missing in (("ir", "openvino_tokenizer.xml"), ("ir_full", "")):
         (tmp_path / name).mkdir()
-        for file in model_init.IR_FILES:
+        for file in [name for (name,) in model_init.COMPLETE["openvino"]]:
             if file != missing:
                 (tmp_path / name / file).touch()
     args = [str(demo.path) if a == "@demo" else str(tmp_path / a[1:]) if a.startswith("@") else a for a in args]
@@ -118,18 +128,20 @@ def test_a_gguf_that_is_found_to_be_broken_during_load(backend, demo, tmp_path):
 class Command:
     """The server as a process, up and ready."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, cwd=None):
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up, and stop the server)
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, "-p", "0", *args],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             start_new_session=True,
+            cwd=cwd,
         )
         self.banner = ""
         while "-d '" not in self.banner:
             line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
+            assert line, self.log()
             self.banner += line
         self.url = re.search(r"listening on (\S+)", self.banner)[1]
 
@@ -137,6 +149,10 @@ class Command:
         """Process ids of the engine processes."""
         children = " ".join(p.read_text() for p in Path(f"/proc/{self.process.pid}/task").glob("*/children")).split()
         return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def log(self):
+        self.errors.seek(0)
+        return self.errors.read()
 
     def end(self):
         if self.process.poll() is None:
@@ -183,25 +199,25 @@ def test_banner_and_its_curl(command):
 
 
 def test_sigterm_lets_a_stream_finish(command):
-    server = command()
+    server = command("--grace", "60")
     engines = server.engines()
     assert engines
     reply = ask(server.url, stream=True, max_tokens=100, temperature=0.1)
     reply.readline()
     server.process.send_signal(signal.SIGTERM)
     assert reply.read().rstrip().endswith(b"data: [DONE]")
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     until(lambda: not any(map(alive, engines)))
 
 
 def test_a_signal_to_the_whole_group_lets_a_stream_finish(command):
     """As a service manager or a terminal sends it: the engine waits for the server's word."""
-    server = command()
+    server = command("--grace", "60")
     reply = ask(server.url, stream=True, max_tokens=100, temperature=0.1)
     reply.readline()
     os.killpg(server.process.pid, signal.SIGTERM)
     assert reply.read().rstrip().endswith(b"data: [DONE]")
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 def test_a_closed_stdout_is_no_harm(demo):
@@ -270,8 +286,8 @@ def test_one_log_line_per_request(command):
     server = command()
     ask(server.url, max_tokens=4).read()
     server.process.send_signal(signal.SIGTERM)
-    _, err = server.process.communicate(timeout=20)
-    (line,) = [line for line in err.splitlines() if "POST" in line]
+    server.process.wait(20)
+    (line,) = [line for line in server.log().splitlines() if "POST" in line]
     assert re.search(
         r"200 chatcmpl-\w+ model='\S+' prompt=\d+ completion=4 cached=\S+ ttft=\d+ms tokens/s=[\d.]+ finish=length", line
     )

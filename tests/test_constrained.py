@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
-from conftest import serve
+from conftest import serve_one
 from test_constraints import SCHEMAS
 
 from backends import EngineSpec, missing_library
@@ -19,7 +19,7 @@ QUESTION = "Invent a person and answer in JSON."
 def engine(request, demo):
     if lack := missing_library(request.param):
         pytest.skip(lack)
-    with serve(demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384), max_jobs=400) as served:
+    with serve_one(demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384), max_jobs=400) as served:
         yield served
 
 
@@ -156,3 +156,56 @@ def test_thirty_two_at_once_beside_plain_ones(engine):
 def test_refused_regex(engine, pattern):
     status, reply, _ = ask(engine, {"structured_outputs": {"regex": pattern}})
     assert (status, reply["error"]["param"]) == (400, "structured_outputs")
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"regex": r"(\w{1,20} ?){1,50}"},
+        {"regex": "(([a-z ]{1,16}){1,16}){1,16}"},
+        {"regex": "[a-z ]*" * 140},
+        {"json": {"type": "string", "pattern": "^([A-Za-z]{1,30} ?){1,100}$"}},
+        {"grammar": "root ::= " + "x " * 1500 + "\nx ::= [a-z ]*"},
+    ],
+)
+def test_what_would_stall_the_others_is_refused(engine, constraint):
+    """Measured: each of these took an engine from 1.6 s a token to for ever."""
+    status, reply, _ = engine.chat("Say something.", max_tokens=5, structured_outputs=constraint)
+    assert (status, reply["error"]["param"]) == (400, "structured_outputs")
+    assert "so many ways" in reply["error"]["message"]
+
+
+def test_a_regex_that_backtracks_for_ever_elsewhere(engine):
+    """The stop string cuts the text, and the check of what is left must not take exponential time."""
+    constraint = {"regex": "([a-z]|[a-z][a-z]){45}!"}
+    status, reply, _ = engine.chat("Say x", structured_outputs=constraint, stop=["!"], max_tokens=100, temperature=1, seed=1)
+    assert status == 200 and reply["choices"][0]["finish_reason"] == "length"
+    assert engine.request("GET", "/health", timeout=5)[0] == 200
+
+
+def test_a_stop_string_cuts_an_own_grammar(engine):
+    grammar = 'root ::= "hello world"'
+    for stop, expected in ((["lo"], ("hel", "length")), (["zzz"], ("hello world", "stop"))):
+        status, reply, _ = engine.chat("Hi", structured_outputs={"grammar": grammar}, stop=stop, max_tokens=20)
+        (choice,) = reply["choices"]
+        assert (status, choice["message"]["content"], choice["finish_reason"]) == (200, *expected)
+
+
+def test_llama_servers_spelling_of_a_schema(engine):
+    schema = {"type": "object", "properties": {"zzz": {"const": 5}}, "required": ["zzz"], "additionalProperties": False}
+    status, reply, _ = engine.chat("Hi", response_format={"type": "json_object", "schema": schema}, max_tokens=30)
+    assert (status, reply["choices"][0]["message"]["content"]) == (200, '{"zzz":5}')
+
+
+def test_bans_that_leave_a_constraint_nothing(engine):
+    """llama.cpp ends its process when a token comes that its grammar forbids: the request ends, and nothing else."""
+    if engine.models.engine.spec.backend != "llamacpp":
+        return
+    tokens = {i for word in ("yes", "y", "ye") for i in engine.request("POST", "/tokenize", {"content": word})[1]["tokens"]}
+    pid = engine.models.engine.process.pid
+    for temperature in (0, 1):
+        status, reply, _ = engine.chat(
+            "Hi", structured_outputs={"choice": ["yes"]}, logit_bias={str(i): -100 for i in tokens}, temperature=temperature
+        )
+        assert (status, reply["error"]["param"]) == (400, "logit_bias")
+    assert engine.models.engine.process.pid == pid and not engine.models.engine.jobs

@@ -368,7 +368,7 @@ def test_engine_dies_in_mid_stream_and_comes_back(scripted):
     results = []
     thread = threading.Thread(target=lambda: results.append(scripted.chat("echo back")))  # waits for the load
     thread.start()
-    until(lambda: scripted.models.waiters == 1)
+    until(lambda: scripted.models.running() == 1)
     scripted.script("slow", False)
     thread.join()
     assert results[0][1]["choices"][0]["message"]["content"] == "back"

@@ -56,7 +56,7 @@ class Bytes:
 
 def choice(stop=(), stop_ids=(), max_tokens=100, **fields):
     sampling = Sampling(max_tokens=max_tokens, stop=stop, stop_token_ids=stop_ids, **fields)
-    return Choice(Request(0, "prompt", [1], 0, sampling, frozenset([0])), 0)
+    return Choice(Request(0, "client", "prompt", [1], 0, sampling, frozenset([0])), 0)
 
 
 def run(c, data, step=1):
@@ -73,8 +73,8 @@ def run(c, data, step=1):
 def test_choice_ends(step):
     snow = "a☃b".encode()
     assert run(choice(), snow + b"\0zzz", step) == ("a☃b", 6, "stop")  # EOS is counted, and not shown
-    assert run(choice(stop=("☃",)), snow, step) == ("a", 4, "stop")
-    assert run(choice(stop_ids=(ord("b"),)), snow, step) == ("a☃", 5, "stop")
+    assert run(choice(stop=("☃",)), snow, step) == ("a", 4, "cut")
+    assert run(choice(stop_ids=(ord("b"),)), snow, step) == ("a☃", 5, "cut")
     assert run(choice(max_tokens=3), snow, step) == ("a\ufffd", 3, "length")  # cut inside a character
     assert run(choice(stop=("bcd",), max_tokens=5), snow, step) == ("a☃b", 5, "length")  # what was held comes out
     assert run(choice(stop=("bcd",)), snow + b"\0", step) == ("a☃b", 6, "stop")
@@ -82,7 +82,7 @@ def test_choice_ends(step):
 
 @pytest.mark.parametrize("step", [1, 3, 100])
 def test_choice_options(step):
-    assert run(choice(min_tokens=3, stop=("b",)), b"abcab\0", step) == ("abca", 5, "stop")
+    assert run(choice(min_tokens=3, stop=("b",)), b"abcab\0", step) == ("abca", 5, "cut")
     assert run(choice(ignore_eos=True, max_tokens=4), b"a\0bc", step) == ("a\0bc", 4, "length")
     assert run(choice(echo=True), b"a\0", step) == ("prompta", 2, "stop")
     assert run(choice(echo=True, max_tokens=0), b"a\0", step) == ("prompt", 0, "length")

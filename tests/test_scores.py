@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import serve
+from conftest import serve_one
 
 from backends import EngineSpec, missing_library
 
@@ -47,7 +47,7 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "Les élèves ☃ 世�
 def test_prompt_scores_are_the_librarys(demo, bos):
     if lack := missing_library("llamacpp"):
         pytest.skip(lack)
-    with serve(demo, EngineSpec("llamacpp", str(demo.path), 4, 0, 4096)) as served:
+    with serve_one(demo, EngineSpec("llamacpp", str(demo.path), 4, 0, 4096)) as served:
         prompts = [served.request("POST", "/tokenize", {"content": t, "add_special": False})[1]["tokens"] for t in TEXTS]
         prompts = [[1, *ids] if bos else ids for ids in prompts]
         body = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}

@@ -11,8 +11,8 @@ from openai_api_endpoint import (
     Constraint,
     as_api_error,
     compact,
-    error_event,
     merge,
+    sse,
 )
 
 
@@ -144,7 +144,7 @@ def test_a_cut_constraint_is_never_a_stop():
 
 def test_errors():
     error = ApiError(400, "no", "n")
-    assert error_event(error) == b'data: {"error":{"message":"no","type":"invalid_request_error","param":"n","code":null}}\n\n'
+    assert sse(error.body()) == b'data: {"error":{"message":"no","type":"invalid_request_error","param":"n","code":null}}\n\n'
     for raised, status, kind in (
         (QueueFull(), 429, "rate_limit_error"),
         (EngineFailed("x"), 500, "server_error"),
