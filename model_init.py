@@ -759,9 +759,7 @@ class Models:
         self.closing = False
         self.on_ready: Callable[[Engine], None] = lambda engine: None
         self.on_progress: Callable[[float], None] = lambda fraction: None
-        self.on_fatal: Callable[[str], None] = lambda reason: (
-            None
-        )  # the only model cannot be loaded: nothing will ever be served
+        self.on_fatal: Callable[[str], None] = lambda reason: None  # the only model cannot be loaded: there is nothing to serve
 
     # ── what requests ask for ──
 
@@ -788,14 +786,8 @@ class Models:
         if name and not (self.limits.unknown == "serve" or (self.limits.unknown == "auto" and len(models) == 1)):
             fits = self.catalog.fits(name)
             known = [self.catalog.public(model) for model in models.values()]
-            hint = (
-                f"it fits {' and '.join(fits)}"
-                if fits
-                else f"the models are {', '.join(known[:10])}"
-                if known
-                else "there is none"
-            )
-            raise UnknownModel(f"There is no model {name!r}: {hint}")
+            hint = f"it fits {' and '.join(fits)}" if fits else f"the models are: {', '.join(known[:10]) or 'none'}"
+            raise UnknownModel(f"There is no model {name!r}; {hint}")
         return self.default()
 
     def default(self) -> Model:
@@ -803,7 +795,7 @@ class Models:
         models = self.catalog.models()
         if self.limits.default and (found := self.catalog.find(self.limits.default)):
             return found
-        if (current := self.current()) and current.model.id in models:
+        if (current := self.current("loaded", "draining", "loading")) and current.model.id in models:
             return current.model
         if not models:
             raise NotReady(f"there is no complete model in {self.catalog.root}")
@@ -868,6 +860,7 @@ class Models:
             self.spec(life.model)
         except UsageError as error:
             raise NotReady(f"{life.model.id}: {error}") from None
+        life.was_ready = False  # whatever it was before: if it cannot be loaded now, that is told, and not tried for ever
         if self.room():
             self.start(life)
         elif loaded := [other for other in self.lives.values() if other.state == "loaded"]:
@@ -919,8 +912,10 @@ class Models:
     @property
     def ready(self) -> bool:
         """Can a request be taken? A model that is unloaded on purpose can: asking for it brings it back."""
-        states = {life.state for life in list(self.lives.values())}
-        return "loaded" in states or (not self.switch and states <= {"unloaded"} and bool(self.catalog.models()))
+        states = {life.model.id: life.state for life in list(self.lives.values())}
+        if self.switch or not {"loading", "draining"}.isdisjoint(states.values()):
+            return "loaded" in states.values()
+        return any(states.get(id) != "failed" for id in self.catalog.models())
 
     def status(self) -> str:
         return "switching" if self.switch else "degraded" if self.last_error else "ok" if self.ready else "starting"
@@ -978,7 +973,7 @@ class Models:
         life.failure = self.last_error = reason
         if self.switch and self.switch.target is life:
             victim, self.switch = self.switch.victim, None
-            if victim.state == "unloaded":
+            if victim.state in ("unloaded", "failed"):
                 victim.comes_back = True
                 self.start(victim)
         self.changed.notify_all()
@@ -1007,6 +1002,7 @@ class Models:
                 if self.switch and self.switch.target is life:
                     self.switch = None
                 self.changed.notify_all()
+            log.info("%s is ready", life.model.id)
             self.on_ready(engine)
 
     def engine_died(self, life: Life, engine: Engine) -> None:

@@ -137,6 +137,8 @@ def as_api_error(error: Exception) -> ApiError:
     later = [("Retry-After", str(RETRY_S))]
     if isinstance(error, NotReady):
         return ApiError(503, f"Not ready: {error}.", code="not_ready", headers=later)
+    if isinstance(error, UnknownModel):
+        return ApiError(404, f"{error}.", "model", "model_not_found")
     if isinstance(error, StillLoading):
         return SpinningUp(
             202, f"{error}", headers=later,
@@ -1244,13 +1246,12 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, self.model_card(model))
 
     def get_capabilities(self) -> None:
-        models = self.server.models
-        self.reply(200, capabilities(models.backend(models.resolve(self.query("model")))))
+        self.reply(200, capabilities(self.server.models.backend(self.queried_model())))
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
-        model = self.server.models.resolve(self.query("model"))
-        info = self.server.models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
+        models = self.server.models
+        info = models.acquire(self.queried_model(), self.client(), self.peer_gone, self.prefers_to_wait()).info
         self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
 
     # ── POST routes that generate ──
@@ -1297,8 +1298,10 @@ class Handler(BaseHTTPRequestHandler):
         self.extra.append(("Preference-Applied", f"wait={found[1]}"))
         return min(float(found[1]), self.server.request_timeout)
 
-    def query(self, name: str) -> str | None:
-        return next(iter(parse_qs(urlsplit(self.path).query).get(name, [])), None)
+    def queried_model(self) -> Model:
+        """The model that `?model=` names, else the default one."""
+        names = parse_qs(urlsplit(self.path).query).get("model", [])
+        return self.server.models.resolve(names[0]) if names else self.server.models.default()
 
     def submit(self, start: Callable[[Engine], Job]) -> Job:
         return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())
@@ -1455,8 +1458,9 @@ class Handler(BaseHTTPRequestHandler):
                 status = "loaded"
             except (StillLoading, Conflict):
                 status = "loading"
-            life = models.life(self.model)
-            event = sse(self.load_event(status) | {"progress": 1.0 if status == "loaded" else round(life.progress, 3)})
+            life = models.lives.get(self.model.id)
+            progress = 1.0 if status == "loaded" else round(life.progress, 3) if life else 0.0
+            event = sse(self.load_event(status) | {"progress": progress})
             if not self.streaming:
                 self.begin_stream(event)
             elif event != told:
@@ -1777,11 +1781,9 @@ class Service:
         self.greeted = True
 
     def ready(self, engine: Engine) -> None:
-        if self.greeted:
-            log.info("%s is ready", Path(engine.spec.path).name)
-        else:
-            print(banner(self.server, engine), flush=True)
+        if not self.greeted:
             self.greeted = True
+            print(banner(self.server, engine), flush=True)
 
     def progress(self, fraction: float) -> None:
         if sys.stderr.isatty():

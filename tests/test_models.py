@@ -397,6 +397,45 @@ def test_an_engine_that_dies_while_it_is_switched_away(tmp_path):
         assert statuses(served)["a"] in ("failed", "unloaded")
 
 
+def test_a_switch_that_goes_wrong_on_both_sides(tmp_path):
+    """The old engine dies, then the new one cannot be loaded: the old model comes back."""
+    with serve_many(tmp_path, "ab") as served:
+        loaded(served, "a")
+        (served.at["a"] / "hold").touch()
+        (served.at["b"] / "fail").touch()
+        busy = in_background(lambda: ask(served, "a", "echo x"))
+        until(lambda: served.models.running() == 1)
+        assert ask(served, "b")[0] == 202
+        (served.at["a"] / "hold").unlink()
+        served.models.lives["a"].engine.process.kill()
+        busy[0].join()
+        until(lambda: statuses(served) == {"a": "loaded", "b": "failed"})
+        assert ask(served, "a")[0] == 200
+
+
+def test_a_model_that_was_ready_once_and_cannot_be_loaded_again(tmp_path):
+    """Its load is told as failed, and the switch to it ends."""
+    with serve_many(tmp_path, "ab") as served:
+        loaded(served, "a")
+        life = served.models.lives["a"]
+        life.pause = 60  # as after many crashes: it waits for a restart while another is loaded
+        life.engine.process.kill()
+        until(lambda: life.state == "failed")
+        loaded(served, "b")
+        life.restart_at, life.since = 0.0, 0.0
+        (served.at["a"] / "fail").touch()
+        assert ask(served, "a")[0] == 202
+        until(lambda: statuses(served) == {"a": "failed", "b": "loaded"} and not served.models.switch)
+        assert served.request("GET", "/health")[0] == 200
+
+
+def test_what_is_not_of_one_model_needs_no_model(tmp_path):
+    with serve_many(tmp_path, "ab", absent="refuse") as served:
+        assert served.request("GET", "/v1/capabilities")[0] == 200
+        assert served.request("GET", "/v1/capabilities?model=b")[0] == 200
+        assert served.request("GET", "/v1/capabilities?model=x")[1]["error"]["code"] == "model_not_found"
+
+
 @pytest.mark.parametrize(
     ("limits", "name", "status"),
     [
