@@ -155,6 +155,14 @@ class EngineFailed(Exception):
     """The engine broke under this request, or died (HTTP 500)."""
 
 
+class UpstreamFailed(EngineFailed):
+    """An upstream server did not answer as it should, with the HTTP status that tells our client so."""
+
+    def __init__(self, message: str, status: int = 502, retry_after: str | None = None):
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
 class Unloading(EngineFailed):
     """The model leaves memory before the job has got a slot."""
 
@@ -178,6 +186,7 @@ class EngineSpec:
     chat_template: str | None = None  # Jinja source that takes the place of the model's own
     embeddings: bool = False  # also load what is needed for embeddings
     length: int | None = None  # most tokens that a request may use; None: what the model and the cache allow
+    key: str = field(default="", repr=False)  # of an upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +201,7 @@ class EngineInfo:
     cache_tokens: int
     fingerprint: str  # changes with weights, library and batch settings
     tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
+    model: str = ""  # an upstream's name for what it serves
 
 
 # ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
@@ -252,6 +262,16 @@ FEATURES = {  # what an engine may lack → what it is, for the 400
     "top_logprobs": "log probabilities of alternatives",
     "scores": "log probabilities of the prompt",
     "embeddings": "embeddings",
+    "extensions": "sampling beyond OpenAI's",
+    "constraints": "structured output",
+    "template": "control over the chat template",
+    "inside": "a look at prompt and tokens",
+}
+BEYOND_OPENAI = frozenset(FEATURES) - {"logit_bias", "top_logprobs"}
+UPSTREAMS = {  # other servers as engines → what of FEATURES they lack; what is not known to be honoured there is refused here
+    "vllm": frozenset({"embeddings", "inside"}),
+    "tensorrt_llm": BEYOND_OPENAI,
+    "openai": BEYOND_OPENAI,
 }
 
 
@@ -703,7 +723,7 @@ def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int) -> i
 class Job:
     """A submitted request as its handler sees it. The handler takes and cancels; the reader thread puts."""
 
-    def __init__(self, engine: Engine, number: int, choices: int):
+    def __init__(self, engine: Any, number: int, choices: int):
         self.engine, self.number = engine, number
         self.open = choices  # choices that have not finished; changed by the engine's reader thread only
         self.running = False
@@ -1036,7 +1056,7 @@ class OpenVino:
 
     LIBRARY: ClassVar = "openvino_genai"
     INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
-    LACKS: ClassVar = frozenset(FEATURES)
+    LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores", "embeddings"})
     BLOCK = 32  # tokens per KV block on CPU
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
@@ -1535,6 +1555,7 @@ def shared(a: list[int], b: list[int], limit: int) -> int:
 
 
 BACKENDS: dict[str, type[Backend]] = {"openvino": OpenVino, "llamacpp": LlamaCpp}
+LACKS = {name: backend.LACKS for name, backend in BACKENDS.items()} | UPSTREAMS  # of every engine
 
 
 def backend_class(name: str) -> type[Backend]:

@@ -21,9 +21,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from backends import (
     BACKENDS,
+    LACKS,
+    UPSTREAMS,
     Engine,
     EngineFailed,
     EngineSpec,
@@ -33,6 +36,7 @@ from backends import (
     missing_library,
     read_gguf,
 )
+from upstream import Upstream
 
 
 class UsageError(Exception):
@@ -151,8 +155,10 @@ def add_default_args(group: argparse._ArgumentGroup) -> None:
 
 def add_engine_args(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--backend", choices=["auto", *BACKENDS], default="auto",
+    add("--backend", choices=["auto", *LACKS], default="auto",
         help="auto: openvino for an IR folder; llamacpp for a .gguf where it is installed, else openvino")  # fmt: skip
+    add("--upstream", metavar="URL", help="serve what another server serves, with --backend vllm, tensorrt_llm or openai")
+    add("--upstream-key-env", metavar="NAME", help="the environment variable that holds the upstream's API key")
     add("--threads", type=whole(1, 1024), default=0, metavar="N", help="threads of the engine; default: one per physical core")
     add("-cs", "--cache-size", type=whole(256, 1 << 30), metavar="TOKENS",
         help="KV cache over all slots; default: up to 4,096 a slot, within a quarter of the memory")  # fmt: skip
@@ -274,6 +280,10 @@ def init(args: argparse.Namespace) -> Models:
     profile = profile_of(args)
 
     def make_spec(model: Model) -> EngineSpec:
+        if args.upstream:
+            backend = "openai" if args.backend == "auto" else args.backend
+            key = os.environ.get(args.upstream_key_env or "", "")
+            return EngineSpec(backend, args.upstream, args.max_parallel, key=key)
         backend = choose_backend(model, args.backend)
         embeddings = args.embeddings and "embeddings" not in BACKENDS[backend].LACKS
         path = str(model.path)
@@ -309,6 +319,8 @@ def preloaded(args: argparse.Namespace) -> list[str]:
 
 def find_models(args: argparse.Namespace) -> Catalog:
     """What --model-dir and --models-dir name. Raises UsageError."""
+    if args.upstream or args.backend in UPSTREAMS:
+        return Catalog(fixed=[upstream_model(args)])
     fixed = []
     folder = args.models_dir or ("models" if args.model_dir is None and Path("models").is_dir() else None)
     try:
@@ -321,6 +333,21 @@ def find_models(args: argparse.Namespace) -> Catalog:
     except (OSError, RuntimeError) as error:  # unreadable, too long a name, no home folder, a full disk, …
         raise UsageError(f"{args.model_dir or folder or 'demo model'}: {error}") from None
     return Catalog(Path(folder) if folder else None, fixed, osaurus=args.profile == "osaurus")
+
+
+def upstream_model(args: argparse.Namespace) -> Model:
+    """Stands for whatever the upstream serves, until that has told its name. Raises UsageError."""
+    if not args.upstream or args.backend not in ("auto", *UPSTREAMS):
+        raise UsageError(f"--upstream URL and --backend {' or '.join(UPSTREAMS)} belong together")
+    url = urlsplit(args.upstream)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise UsageError(f"--upstream {args.upstream}: not a URL like http://localhost:8000")
+    if args.upstream_key_env and not os.environ.get(args.upstream_key_env):
+        raise UsageError(f"--upstream-key-env {args.upstream_key_env}: there is no such environment variable")
+    for flag in ("model_dir", "models_dir", "chat_template", "cache_size", "length", "record", "embeddings"):
+        if getattr(args, flag, None):
+            raise UsageError(f"--{flag.replace('_', '-')} has no meaning with --upstream: that server has its own")
+    return Model(url.netloc.rpartition("@")[2], Path(url.netloc), "upstream", int(time.time()))
 
 
 def read_template(path: str | None) -> str | None:
@@ -466,6 +493,7 @@ class Catalog:
         self.told: set[str] = set()
         self.found: dict[str, Model] = {}
         self.names: dict[str, list[str]] = {}  # alias → ids
+        self.shown: dict[str, str] = {}  # id → the id that clients see, where that is another
         self.scan()
 
     def models(self) -> dict[str, Model]:
@@ -491,7 +519,12 @@ class Catalog:
 
     def public(self, model: Model) -> str:
         """The id that clients see."""
-        return OSAURUS_NAMES.get(model.id, model.id) if self.osaurus else model.id
+        return self.shown.get(model.id) or (OSAURUS_NAMES.get(model.id, model.id) if self.osaurus else model.id)
+
+    def show(self, model: Model, name: str) -> None:
+        """The model turned out to have another name."""
+        self.shown[model.id] = name
+        self.names.setdefault(bare(name), []).append(model.id)
 
     def scan(self) -> None:
         found = {model.id: model for model in self.fixed}
@@ -682,6 +715,9 @@ RETRY_S = 2  # what a client is told to wait before it asks again for a model th
 HOLD_S = 5.0  # so long a model that was promised by a 202 stays for the client to come back, and so long a failure is told
 
 
+AnyEngine = Engine | Upstream
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What Models may do."""
@@ -704,7 +740,7 @@ class Life:
         self.model = model
         self.state = "unloaded"
         self.since = time.monotonic()  # when the state last changed
-        self.engine: Engine | None = None
+        self.engine: AnyEngine | None = None
         self.failure = ""  # why the last load or engine failed
         self.used = 0.0  # when it last had a job
         self.waiters = 0  # requests that wait for it to be loaded
@@ -757,7 +793,7 @@ class Models:
         self.switch: Switch | None = None
         self.last_error = ""  # why the last load or engine failed, until one succeeds
         self.closing = False
-        self.on_ready: Callable[[Engine], None] = lambda engine: None
+        self.on_ready: Callable[[AnyEngine], None] = lambda engine: None
         self.on_progress: Callable[[float], None] = lambda fraction: None
         self.on_fatal: Callable[[str], None] = lambda reason: None  # the only model cannot be loaded: there is nothing to serve
 
@@ -801,7 +837,7 @@ class Models:
             raise NotReady(f"there is no complete model in {self.catalog.root}")
         return next(iter(models.values()))
 
-    def acquire(self, model: Model, client: str, gone: Callable[[], bool], wait: float | None = None) -> Engine:
+    def acquire(self, model: Model, client: str, gone: Callable[[], bool], wait: float | None = None) -> AnyEngine:
         """The model's engine, as soon as it is ready, within `wait` seconds (None: --load-wait).
 
         Raises StillLoading, Conflict, NotReady, QueueFull. `gone` is asked now and then whether the client has left.
@@ -825,7 +861,7 @@ class Models:
                 life.waiters -= 1
 
     def submit(
-        self, model: Model, start: Callable[[Engine], Job], client: str, gone: Callable[[], bool], wait: float | None
+        self, model: Model, start: Callable[[AnyEngine], Job], client: str, gone: Callable[[], bool], wait: float | None
     ) -> Job:
         """A job in the model's engine, made by `start`. Raises as acquire does."""
         while True:
@@ -854,6 +890,8 @@ class Models:
         if life.state == "failed" and (life.restart_at or client in life.promised or now < life.since + HOLD_S):
             life.promised.discard(client)  # each client to whom it was promised is told once, before it is tried again
             raise NotReady(f"the model failed: {life.failure}")
+        if life.state == "loading" and life.model.kind == "upstream":
+            raise NotReady(f"{self.spec(life.model).path} is not there yet")
         if life.state not in ("unloaded", "failed") or self.switch:
             return
         try:
@@ -904,7 +942,7 @@ class Models:
         return None
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> AnyEngine | None:
         """The current model's."""
         current = self.current()
         return current.engine if current else None
@@ -957,10 +995,11 @@ class Models:
         life.move("loading")
         try:
             spec = self.spec(life.model)
-            life.engine = Engine(
+            kind: type[AnyEngine] = Upstream if spec.backend in UPSTREAMS else Engine
+            life.engine = kind(
                 spec, self.limits.max_jobs, self.limits.patience, lambda engine: self.engine_changed(life, engine)
             )
-            log.info("loading %s with %s", life.model.path, spec.backend)
+            log.info("loading %s with %s", spec.path, spec.backend)
         except (OSError, UsageError) as error:  # no file numbers or no memory left for a process: later, maybe
             self.failed(life, f"cannot start the engine: {error}")
             life.restart_at = time.monotonic() + 5.0 if life.was_ready else 0.0
@@ -985,7 +1024,7 @@ class Models:
             life.engine.drop_waiting()
         self.changed.notify_all()
 
-    def engine_changed(self, life: Life, engine: Engine) -> None:
+    def engine_changed(self, life: Life, engine: AnyEngine) -> None:
         """From the engine's reader thread: progress, ready, or dead."""
         if engine.dead is not None:
             self.engine_died(life, engine)
@@ -1001,11 +1040,13 @@ class Models:
                 life.comes_back = False
                 if self.switch and self.switch.target is life:
                     self.switch = None
+                if engine.info.model:
+                    self.catalog.show(life.model, engine.info.model)
                 self.changed.notify_all()
             log.info("%s is ready", life.model.id)
             self.on_ready(engine)
 
-    def engine_died(self, life: Life, engine: Engine) -> None:
+    def engine_died(self, life: Life, engine: AnyEngine) -> None:
         reason = engine.dead or ""
         with self.changed:
             if self.closing or life.engine is not engine or life.state not in ("loading", "loaded"):
@@ -1019,7 +1060,7 @@ class Models:
         if fatal:
             self.on_fatal(reason)
 
-    def replace(self, life: Life, engine: Engine, reason: str) -> None:
+    def replace(self, life: Life, engine: AnyEngine, reason: str) -> None:
         """A new engine for one that was ready once and died. Under the lock."""
         now = time.monotonic()
         pause = 0.0 if now - life.born > 30 else life.pause
@@ -1087,7 +1128,7 @@ class Models:
     def stop_restarting(self) -> None:
         self.closing = True
 
-    def engines(self) -> list[Engine]:
+    def engines(self) -> list[AnyEngine]:
         return [life.engine for life in list(self.lives.values()) if life.engine]
 
     def close(self) -> None:

@@ -37,18 +37,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import model_init
 from backends import (
-    BACKENDS,
+    LACKS,
     LOG_FORMAT,
     Answer,
     Delta,
     Details,
-    Engine,
     EngineFailed,
     Event,
     Job,
@@ -59,6 +57,7 @@ from backends import (
     Started,
     TokenLogprob,
     Unloading,
+    UpstreamFailed,
     log,
 )
 from constraints import (
@@ -71,7 +70,19 @@ from constraints import (
     schema_grammar,
     violation,
 )
-from model_init import RETRY_S, ROLES, Conflict, Model, Models, NotReady, Profile, StillLoading, UnknownModel, UsageError
+from model_init import (
+    RETRY_S,
+    ROLES,
+    AnyEngine,
+    Conflict,
+    Model,
+    Models,
+    NotReady,
+    Profile,
+    StillLoading,
+    UnknownModel,
+    UsageError,
+)
 
 VERSION = "0.1.0"
 
@@ -146,6 +157,10 @@ def as_api_error(error: Exception) -> ApiError:
         )  # fmt: skip
     if isinstance(error, Conflict):
         return ApiError(409, f"Try again: {error}.", "model", "model_conflict", later, current_model=error.current)
+    if isinstance(error, UpstreamFailed):
+        wait = error.retry_after or ("1" if error.status == 429 else str(RETRY_S))
+        headers = [("Retry-After", wait)] if error.status in (429, 503) else []
+        return ApiError(error.status, f"The upstream server failed: {error}.", code="upstream_failed", headers=headers)
     if isinstance(error, Unloading):
         return ApiError(409, f"Try again: {error}.", "model", "model_swapped", later)
     if isinstance(error, EngineFailed):
@@ -425,21 +440,21 @@ GENERATION = {
     "stream_options": Field(STREAM_OPTIONS, "`include_usage`: one more chunk with the usage; only with stream"),
     "temperature": Field(number(0, 2), "0 is greedy; default: the model's own, else 0.7"),
     "top_p": Field(number(0, 1, above=True), "nucleus sampling; default: the model's own, else 1"),
-    "top_k": Field(integer(-1, BIG), "sample from the k best; 0 or -1 is off; default: the model's own, else off"),
-    "min_p": Field(number(0, 1), "drop tokens less likely than min_p times the best; default 0"),
+    "top_k": Field(integer(-1, BIG), "sample from the k best; 0 or -1 is off; default: the model's own, else off", "extensions", (0, -1)),
+    "min_p": Field(number(0, 1), "drop tokens less likely than min_p times the best; default 0", "extensions", (0,)),
     "presence_penalty": Field(number(-2, 2), "against tokens already in the completion; default 0"),
     "frequency_penalty": Field(number(-2, 2), "the same, by how often; default 0"),
-    "repetition_penalty": Field(number(0.01, 100), "against tokens already in prompt or completion; 1, the default, is off"),
+    "repetition_penalty": Field(number(0.01, 100), "against tokens already in prompt or completion; 1, the default, is off", "extensions", (1,)),
     "n": Field(integer(1, 8), "independent choices; they share one prefill; default 1"),
     "seed": Field(integer(-BIG, BIG), "same seed, same sampling; choice i uses seed + i"),
     "stop": Field(STOP, "end before this text or token; never part of the answer"),
-    "stop_token_ids": Field(IDS, "end before one of these tokens"),
-    "min_tokens": Field(integer(0, BIG), "no EOS is sampled, and nothing ends the completion, before so many tokens; default 0"),
-    "ignore_eos": Field(BOOLEAN, "go on after EOS, up to max_tokens"),
+    "stop_token_ids": Field(IDS, "end before one of these tokens", "extensions", ([],)),
+    "min_tokens": Field(integer(0, BIG), "no EOS is sampled, and nothing ends the completion, before so many tokens; default 0", "extensions", (0,)),
+    "ignore_eos": Field(BOOLEAN, "go on after EOS, up to max_tokens", "extensions", (False,)),
     "logit_bias": Field(LOGIT_BIAS, "added to logits, by token id; -100 bans", "logit_bias", ({},)),
-    "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema"),
-    "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF"),
-    "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling (also header `X-Debug: prompt`)"),
+    "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema", "constraints", ({"type": "text"},)),
+    "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF", "constraints", ({},)),
+    "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling (also header `X-Debug: prompt`)", "inside", (False,)),
     "guided_json": never(),
     "guided_regex": never(),
     "guided_choice": never(),
@@ -456,9 +471,9 @@ CHAT = GENERATION | {
     "max_completion_tokens": Field(integer(1, BIG), "the same, and wins over max_tokens"),
     "logprobs": Field(BOOLEAN, "log probabilities of the tokens, from the raw logits"),
     "top_logprobs": Field(integer(0, 20), "and of so many alternatives; only with logprobs", "top_logprobs", (0,)),
-    "chat_template_kwargs": Field(TEMPLATE_KWARGS, "more variables for the chat template"),
-    "add_generation_prompt": Field(BOOLEAN, "end the prompt with the beginning of an assistant message; default true"),
-    "continue_final_message": Field(BOOLEAN, "go on with the last message, which must be the assistant's"),
+    "chat_template_kwargs": Field(TEMPLATE_KWARGS, "more variables for the chat template", "template", ({},)),
+    "add_generation_prompt": Field(BOOLEAN, "end the prompt with the beginning of an assistant message; default true", "template", (True,)),
+    "continue_final_message": Field(BOOLEAN, "go on with the last message, which must be the assistant's", "template", (False,)),
     "tools": never([]),
     "tool_choice": never("none", "auto"),
     "parallel_tool_calls": never(True, False),
@@ -523,6 +538,7 @@ INERT = (  # change nothing about an answer
 # What a value or two fields together need of the engine: (says, condition, field to blame, feature).
 COMBINED: tuple[tuple[str, Callable[[dict[str, Any]], bool], str, str], ...] = (
     ("`echo` with `logprobs`", lambda v: bool(v.get("echo")) and v.get("logprobs") is not None, "echo", "scores"),
+    ("a token id in `stop`", lambda v: any(isinstance(item, int) for item in v.get("stop", ())), "stop", "extensions"),
 )
 
 
@@ -571,15 +587,15 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def engines_with(feature: str) -> list[str]:
-    return [] if feature == NEVER else [name for name, backend in BACKENDS.items() if feature not in backend.LACKS]
+    return [] if feature == NEVER else [name for name, lacks in LACKS.items() if feature not in lacks]
 
 
 def refuse_lacking(param: str, feature: str, engine: str, says: str = "") -> None:
     able = engines_with(feature)
-    if engine in able or (engine not in BACKENDS and feature != NEVER):  # a binding of the user's own speaks for itself
+    if engine in able or (engine not in LACKS and feature != NEVER):  # a binding of the user's own speaks for itself
         return
     why = (
-        f"is not supported by the engine {engine}; {' and '.join(able)} can"
+        f"is not supported by the engine {engine}; {', '.join(able)} can"
         if able
         else "is not supported by this server: leave it out"
     )
@@ -665,10 +681,10 @@ def capabilities(engine: str) -> dict[str, Any]:
     """What GET /v1/capabilities says: for each route and field, whether this engine honours it, and which do."""
 
     def row(field_: Field) -> dict[str, Any]:
-        able = engines_with(field_.needs) if field_.needs else list(BACKENDS)
+        able = engines_with(field_.needs) if field_.needs else list(LACKS)
         free = {"always_accepted": list(field_.free)} if field_.free else {}
         return {
-            "honoured": engine in able or (engine not in BACKENDS and field_.needs != NEVER),
+            "honoured": engine in able or (engine not in LACKS and field_.needs != NEVER),
             "engines": able,
             "must_be": field_.kind.says,
             **free,
@@ -1303,7 +1319,7 @@ class Handler(BaseHTTPRequestHandler):
         names = parse_qs(urlsplit(self.path).query).get("model", [])
         return self.server.models.resolve(names[0]) if names else self.server.models.default()
 
-    def submit(self, start: Callable[[Engine], Job]) -> Job:
+    def submit(self, start: Callable[[AnyEngine], Job]) -> Job:
         return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())
 
     def model_name(self, values: dict[str, Any]) -> str:
@@ -1324,6 +1340,8 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape, max_tokens: int | None) -> None:
         """`max_tokens`: where the request does not say."""
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
+        if told:
+            refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
         if told or self.server.record:
             prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
@@ -1712,12 +1730,15 @@ def make_parser() -> Parser:
     return parser
 
 
-def banner(server: Server, engine: Engine) -> str:
-    info, models = engine.info, server.models
+def banner(server: Server, engine: AnyEngine) -> str:
+    info = engine.info
     assert info is not None
+    name = info.model or next((life.model.id for life in server.models.lives.values() if life.engine is engine), "")
+    inside = f", {info.threads} threads" if info.threads else ""
+    cache = f", context {info.context} tokens, KV cache {info.cache_tokens} tokens" if info.cache_tokens else ""
     return f"""
-  {Path(engine.spec.path).name if len(models.catalog.models()) > 1 else next(iter(models.catalog.models()), "")}
-  {info.library}, {info.threads} threads, {info.slots} slots, context {info.context} tokens, KV cache {info.cache_tokens} tokens
+  {name}
+  {info.library}{inside}, {info.slots} slots{cache}
 {listening(server)}"""
 
 
@@ -1780,7 +1801,7 @@ class Service:
         print(f"\n  {shown or 'no model yet'}\n  each loaded when it is asked for\n{listening(self.server)}", flush=True)
         self.greeted = True
 
-    def ready(self, engine: Engine) -> None:
+    def ready(self, engine: AnyEngine) -> None:
         if not self.greeted:
             self.greeted = True
             print(banner(self.server, engine), flush=True)

@@ -25,6 +25,7 @@ class Served:
         self.server, self.models, self.folder = server, models, folder
         self.host, self.port = "127.0.0.1", server.server_port
         self.url = f"http://{self.host}:{self.port}"
+        self.behind = self  # the server that has the engine
 
     def request(self, method, path, body=None, headers=None, timeout=120):
         conn = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
@@ -134,9 +135,27 @@ def demo():
     return model_init.demo_model()
 
 
-@pytest.fixture(scope="session", params=["openvino", "llamacpp"])
+@contextlib.contextmanager
+def serve_upstream(url, backend="vllm", max_jobs=40, slots=8, **options):
+    """A server that has another one for its engine."""
+    model = model_init.Model("upstream", Path("upstream"), "upstream", 1)
+    with serve_one(model, EngineSpec(backend, url, slots), max_jobs, **options) as served:
+        yield served
+
+
+@pytest.fixture(scope="session", params=["openvino", "llamacpp", "vllm"])
 def served(request, demo):
-    """The demo model on each engine that is installed."""
+    """The demo model on each engine that is installed; vllm: behind another server, which is this one again."""
+    if request.param == "vllm":
+        if lack := missing_library("llamacpp"):
+            pytest.skip(lack)
+        with (
+            serve_one(demo, EngineSpec("llamacpp", str(demo.path), 8, 0, 16384)) as behind,
+            serve_upstream(behind.url) as front,
+        ):
+            front.behind = behind
+            yield front
+        return
     if lack := missing_library(request.param):
         pytest.skip(lack)
     with serve_one(

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from backends import BACKENDS  # noqa: E402
+from backends import LACKS  # noqa: E402
 from model_init import PROFILES  # noqa: E402
 from openai_api_endpoint import BODIES, COMBINED, INERT, NEVER, engines_with, make_parser  # noqa: E402
 
@@ -25,8 +25,8 @@ TITLES = {
 
 
 def marks(needs):
-    able = engines_with(needs) if needs else list(BACKENDS)
-    return " | ".join("✔" if name in able else "400" for name in BACKENDS)
+    able = engines_with(needs) if needs else list(LACKS)
+    return " | ".join("✔" if name in able else "400" for name in LACKS)
 
 
 def fields():
@@ -37,8 +37,8 @@ def fields():
             "",
             f"### {TITLES[path]}",
             "",
-            f"| field | must be | | {' | '.join(BACKENDS)} |",
-            "|" + "---|" * (3 + len(BACKENDS)),
+            f"| field | must be | | {' | '.join(LACKS)} |",
+            "|" + "---|" * (3 + len(LACKS)),
         ]
         for name, row in table.items():
             if path == "/completions" and chat.get(name) == row:

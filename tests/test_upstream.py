@@ -1,0 +1,340 @@
+"""Another server as an engine: what it gets, and what becomes of its faults. Real sockets; one real other server."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import serve_scripted, serve_upstream, sse, until
+from test_cli import SCRIPT, Command, one_line, run
+
+from backends import missing_library
+
+LIST = {"object": "list", "data": [{"id": "far/model", "object": "model", "max_model_len": 500}]}
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+def reply(status, body, headers=""):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return f"HTTP/1.1 {status} X\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def chunk(**members):
+    data = b"data: " + json.dumps({"id": "x", "choices": [], **members}).encode() + b"\n\n"
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def piece(text, finish=None, index=0):
+    return chunk(choices=[{"index": index, "delta": {"content": text}, "finish_reason": finish}])
+
+
+USAGE = chunk(usage={"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}})
+DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+ANSWER = OK + b"Transfer-Encoding: chunked\r\n\r\n" + piece("Hi ") + piece("there") + piece("", "stop") + USAGE + DONE
+
+
+class Far:
+    """An upstream by hand: `script(connection, body)` answers a POST, and says whether the connection goes on."""
+
+    def __init__(self):
+        self.script = self.answer(ANSWER)
+        self.bodies, self.heads, self.connections = [], [], 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    @staticmethod
+    def answer(*pieces, go_on=True, pause=0.0):
+        def script(connection, _):
+            for data in pieces:
+                connection.sendall(data)
+                time.sleep(pause)
+            return go_on
+
+        return script
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.socket.accept()
+                threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+
+    def talk(self, connection):
+        posted = False
+        with contextlib.suppress(OSError, ValueError), connection, connection.makefile("rb") as lines:
+            while request := lines.readline():
+                head = dict(line.decode().strip().split(": ", 1) for line in iter(lines.readline, b"\r\n"))
+                if request.startswith(b"GET /v1/models"):
+                    connection.sendall(reply(200, LIST))
+                    continue
+                self.connections += not posted
+                posted = True
+                self.heads.append(head)
+                self.bodies.append(json.loads(lines.read(int(head["Content-Length"]))))
+                if not self.script(connection, self.bodies[-1]):
+                    return
+
+    def close(self):
+        self.socket.shutdown(socket.SHUT_RDWR)  # to close it alone would not wake the thread that accepts
+        self.socket.close()
+
+
+@pytest.fixture
+def far():
+    made = Far()
+    yield made
+    with contextlib.suppress(OSError):
+        made.close()
+
+
+@pytest.fixture
+def front(far):
+    with serve_upstream(far.url, slots=2, max_jobs=4, request_timeout=3) as served:
+        yield served
+
+
+def test_the_answer_has_this_servers_shape(front, far):
+    assert [card["id"] for card in front.request("GET", "/v1/models")[1]["data"]] == ["far/model"]
+    status, body, _ = front.chat("Hello", model="any", max_tokens=9)
+    assert (status, body["model"], body["choices"][0]["message"]["content"]) == (200, "any", "Hi there")
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (7, 3)
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+    chunks = front.stream("Hello", stream_options={"include_usage": True})
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]) == "Hi there"
+    assert chunks[-1]["usage"]["total_tokens"] == 10
+    assert far.connections == 1  # kept alive
+
+
+def test_what_is_sent(front, far):
+    front.chat(
+        "Hello", max_tokens=9, temperature=0, top_p=0.5, top_k=3, min_p=0.1, seed=4, n=2, stop=["x", 5], stop_token_ids=[6],
+        presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5, min_tokens=2, ignore_eos=True, logit_bias={"7": -100},
+        logprobs=True, top_logprobs=3, chat_template_kwargs={"a": 1}, add_generation_prompt=False, user="me", n_unknown=1,
+    )  # fmt: skip
+    assert far.bodies[-1] == {
+        "model": "far/model", "stream": True, "stream_options": {"include_usage": True},
+        "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 3,
+        "min_p": 0.1, "seed": 4, "n": 2, "stop": ["x"], "stop_token_ids": [5, 6], "presence_penalty": 1, "frequency_penalty": -1,
+        "repetition_penalty": 1.5, "min_tokens": 2, "ignore_eos": True, "logit_bias": {"7": -100}, "logprobs": True,
+        "top_logprobs": 3, "chat_template_kwargs": {"a": 1}, "add_generation_prompt": False,
+    }  # fmt: skip
+    front.chat("Hello")
+    assert set(far.bodies[-1]) == {"model", "stream", "stream_options", "messages"}  # what is not said is the upstream's own
+    front.request("POST", "/v1/completions", {"prompt": ["a", "b"], "logprobs": 2, "echo": True})
+    assert far.bodies[-1] | {"prompt": ["a", "b"], "logprobs": 2, "echo": True, "max_tokens": 16} == far.bodies[-1]
+    front.chat("Hello", structured_outputs={"choice": ["yes", "no"]})
+    assert "root ::=" in far.bodies[-1]["structured_outputs"]["grammar"]
+
+
+def test_a_constraint_that_the_upstream_ignores_is_not_called_finished(front, far):
+    status, body, _ = front.chat("Hello", structured_outputs={"choice": ["yes", "no"]})
+    assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
+
+
+FAULTS = [
+    # (what comes, HTTP status, what the message says)
+    ([reply(500, {"error": {"message": "it hurts"}})], 502, "it hurts"),
+    ([reply(500, b"<html>")], 502, "<html>"),
+    ([reply(401, {"error": {"message": "who are you"}})], 502, "who are you"),
+    ([reply(404, {"error": {"message": "no such model"}})], 502, "no such model"),
+    ([reply(400, {"error": {"message": "bad top_p", "param": "top_p"}})], 400, "bad top_p"),
+    ([reply(429, {"error": {"message": "busy"}}, "Retry-After: 17\r\n")], 429, "busy"),
+    ([reply(503, {"error": {"message": "loading"}}, "Retry-After: 9\r\n")], 503, "loading"),
+    ([b"HTTP/1.1 200 OK\r\n"], 502, "without [DONE]"),
+    ([b"nonsense\r\n\r\n"], 502, "broke off"),
+    ([OK + b"\r\n"], 502, "without [DONE]"),
+    ([OK + b"\r\ndata: {\"choices\":"], 502, "without [DONE]"),
+    ([OK + b"\r\ndata: {half\n\n"], 502, "broke off"),
+    ([OK + b"\r\ndata: [DONE]\n\n"], 502, "before the answer had"),
+    ([OK + b"\r\ndata: {\"error\":{\"message\":\"out of memory\"}}\n\n"], 502, "out of memory"),
+    ([OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"], 502, "broke off"),
+    ([OK + b"\r\ndata: {\"choices\":[{\"index\":5,\"delta\":{}}]}\n\n"], 502, "nobody asked for"),
+    ([OK + b"\r\ndata: [1]\n\n"], 502, "broke off"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("pieces", "status", "says"), FAULTS)
+def test_faults_before_the_first_token(front, far, pieces, status, says, stream):
+    far.script = far.answer(*pieces, go_on=False)
+    got, body, headers = front.chat("Hello", stream=stream)
+    assert got == status and says in body["error"]["message"], body
+    assert body["error"]["type"] == {
+        400: "invalid_request_error", 429: "rate_limit_error", 502: "upstream_error", 503: "unavailable_error"
+    }[status]  # fmt: skip
+    assert headers["Retry-After"] == {429: "17", 503: "9"}.get(status)
+    far.script = far.answer(ANSWER)
+    assert front.chat("Hello")[0] == 200
+    assert not front.models.running()
+
+
+@pytest.mark.parametrize("tail", [b"", b"data: {ha", b"7\r\ndata: {", chunk(error={"message": "out of memory"})])
+def test_faults_in_mid_stream(front, far, tail):
+    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + piece("Hi "), tail, go_on=False, pause=0.1)
+    status, raw, _ = front.chat("Hello", stream=True)
+    *_, error = sse(raw)
+    assert status == 200 and error["error"]["type"] == "upstream_error"
+    assert front.chat("Hello")[0] == 502
+    assert len(far.bodies) == 2  # nothing is sent twice
+
+
+def test_one_that_hangs(front, far):
+    far.script = lambda connection, body: time.sleep(30)
+    status, body, _ = front.chat("Hello")
+    assert (status, body["error"]["type"]) == (504, "timeout_error")
+    far.script = lambda connection, body: connection.sendall(ANSWER[:200]) or time.sleep(30)
+    assert sse(front.chat("Hello", stream=True)[1])[-1]["error"]["type"] == "timeout_error"
+    until(lambda: not front.models.running())
+
+
+def test_a_kept_connection_that_was_closed_is_replaced_once(front, far):
+    far.script = far.answer(ANSWER, go_on=False)
+    for _ in range(3):
+        assert front.chat("Hello")[0] == 200
+    assert far.connections == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_carried_through(front, far, stream):
+    """The connection to the upstream is closed, so that it stops too."""
+    closed = threading.Event()
+
+    def script(connection, body):
+        connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n" + piece("Hi "))
+        if not connection.recv(1):
+            closed.set()
+
+    far.script = script
+    with socket.create_connection((front.host, front.port)) as s:
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": stream}).encode()
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: far.bodies)
+    assert closed.wait(5)
+    until(lambda: not front.models.running() and front.models.engine.slots.free == 2)
+
+
+def test_slots_and_queue(front, far):
+    """Two at once, two wait, the next gets 429; who leaves the queue is never sent; clients take turns."""
+    gate = threading.Semaphore(0)
+    far.script = lambda connection, body: gate.acquire(timeout=10) and (connection.sendall(ANSWER) or True)
+    answers = []
+    ask = lambda text, key: answers.append(front.chat(text, headers={"X-Api-Key": key})[0])  # noqa: E731
+    threads = []
+    for text, key in (("one", "a"), ("two", "a"), ("three", "a"), ("four", "b")):
+        threads.append(threading.Thread(target=ask, args=(text, key)))
+        threads[-1].start()
+        until(lambda: front.models.running() == len(threads))
+    until(lambda: len(far.bodies) == 2)
+    assert front.models.queue_depth() == 2
+    status, body, headers = front.chat("five")
+    assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
+    gate.release()
+    until(lambda: len(far.bodies) == 3)
+    gate.release(3)
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 4
+    assert [body["messages"][0]["content"] for body in far.bodies][2] == "four"
+
+
+def test_one_that_is_not_there_yet_and_one_that_goes(far):
+    url, port = far.url, far.socket.getsockname()[1]
+    far.close()
+    with serve_upstream(url, ready=False) as served:
+        assert served.request("GET", "/health")[0] == 503
+        status, body, _ = served.chat("Hello")
+        assert (status, body["error"]["code"]) == (503, "not_ready") and "not there yet" in body["error"]["message"]
+        again = Far.__new__(Far)
+        again.script, again.bodies, again.heads, again.connections = Far.answer(ANSWER), [], [], 0
+        again.socket = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=again.accept, daemon=True).start()
+        until(lambda: served.chat("Hello")[0] == 200)
+        assert served.request("GET", "/health")[0] == 200
+        again.close()
+        until(lambda: served.chat("Hello")[0] == 503)
+        until(lambda: served.request("GET", "/health")[0] == 503)
+
+
+@pytest.mark.parametrize("backend", ["openai", "tensorrt_llm"])
+def test_what_is_not_known_to_be_honoured_is_refused(far, backend):
+    with serve_upstream(far.url, backend) as served:
+        for name, value in (
+            ("top_k", 5), ("min_p", 0.1), ("repetition_penalty", 1.2), ("min_tokens", 3), ("ignore_eos", True),
+            ("stop_token_ids", [3]), ("stop", ["a", 5]), ("response_format", {"type": "json_object"}),
+            ("structured_outputs", {"regex": "a"}), ("chat_template_kwargs", {"a": 1}), ("return_prompt", True),
+            ("continue_final_message", True), ("add_generation_prompt", False),
+        ):  # fmt: skip
+            status, body, _ = served.chat("Hello", **{name: value})
+            assert (status, body["error"]["param"]) == (400, name)
+        assert not far.bodies
+        assert served.chat("Hello", logit_bias={"5": 1}, top_k=0, response_format={"type": "text"}, seed=4, n=1)[0] == 200
+
+
+def test_the_key_is_sent(far, monkeypatch):
+    monkeypatch.setenv("FAR_KEY", "secret")
+    command = Command("--backend", "vllm", "--upstream", far.url + "/v1/", "--upstream-key-env", "FAR_KEY")
+    try:
+        assert "far/model" in command.banner and "secret" not in command.banner
+        data = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+        assert urllib.request.urlopen(command.url + "/v1/chat/completions", data).status == 200
+        assert far.heads[-1]["Authorization"] == "Bearer secret"
+        assert "secret" not in command.log()
+    finally:
+        command.end()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--upstream", "localhost:8000"], "not a URL"),
+        (["--upstream", "http://x", "--backend", "llamacpp"], "belong together"),
+        (["--backend", "vllm"], "belong together"),
+        (["--upstream", "http://x", "-m", "y"], "--model-dir has no meaning"),
+        (["--upstream", "http://x", "--record", "y"], "--record has no meaning"),
+        (["--upstream", "http://x", "--upstream-key-env", "NO_SUCH"], "NO_SUCH"),
+    ],
+)
+def test_wrong_command_lines(args, words):
+    done = run(*args)
+    assert done.returncode == 2 and words in one_line(done.stderr)
+    assert SCRIPT
+
+
+def test_a_scripted_engine_behind_that_dies(tmp_path):
+    with serve_scripted(tmp_path) as behind, serve_upstream(behind.url) as served:
+        assert served.chat("echo hi", max_tokens=9)[1]["choices"][0]["message"]["content"] == "hi"
+        assert served.chat("die")[0] == 502
+        assert sse(served.chat("die", stream=True)[1])[-1]["error"]["type"] == "upstream_error"
+        until(lambda: served.chat("echo hi", max_tokens=9)[0] == 200)
+
+
+def test_llama_cpp_pythons_own_server(demo):
+    """Another server, and not by us: it streams no usage, and knows no [DONE] but this."""
+    if lack := missing_library("llamacpp"):
+        pytest.skip(lack)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(demo.path), "--port", str(port), "--n_ctx", "2048"]
+    command += ["--interrupt_requests", "false"]  # else it breaks off one that is just ending
+    other = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with serve_upstream(f"http://127.0.0.1:{port}", "openai") as served:
+            status, body, _ = served.chat("What is the capital of France?", temperature=0, max_tokens=20)
+            assert status == 200 and body["choices"][0]["message"]["content"]
+            assert body["usage"]["completion_tokens"] > 3
+            chunks = served.stream("What is the capital of France?", temperature=0, max_tokens=20)
+            said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+            assert said == body["choices"][0]["message"]["content"]
+            assert served.chat("Hi", max_tokens=5, stop=["\n"], logit_bias={"5": 1.0})[0] == 200
+            status, body, _ = served.request("POST", "/v1/completions", {"prompt": "One two three", "max_tokens": 4})
+            assert status == 200 and body["choices"][0]["text"]
+    finally:
+        other.terminate()
+        other.wait()

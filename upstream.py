@@ -1,0 +1,408 @@
+"""An engine that is another server: vLLM, TensorRT-LLM, or anything that speaks the OpenAI API.
+
+Upstream has the face of backends.Engine, so that everything above it is the same; it lives in the server process, since
+there is no native library to keep away. One thread per running job reads the upstream's events and never waits for the
+client; closing the connection is how a job is cancelled, there as here. Nothing is sent again once a byte has come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import itertools
+import json
+import re
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from backends import (
+    Delta,
+    EngineFailed,
+    EngineInfo,
+    EngineSpec,
+    Job,
+    Prompt,
+    QueueFull,
+    Refused,
+    Sampling,
+    Started,
+    TokenLogprob,
+    Unloading,
+    UpstreamFailed,
+    log,
+)
+
+POLL_S, CONNECT_S = 2.0, 5.0
+POOL = 64  # idle connections kept
+
+
+class UpstreamJob(Job):
+    """A job, and the connection that it runs on."""
+
+    def __init__(self, engine: Any, number: int, choices: int, client: str):
+        super().__init__(engine, number, choices)
+        self.client, self.dropped = client, False
+        self.socket: socket.socket | None = None
+
+    def hang_up(self) -> None:
+        self.dropped = True
+        if self.socket:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it
+
+
+class Slots:
+    """So many jobs at once; a slot goes to the client that has the fewest, in the order of arrival."""
+
+    def __init__(self, count: int):
+        self.free, self.turn = count, threading.Condition()
+        self.waiting: list[UpstreamJob] = []
+        self.running: Counter[str] = Counter()
+
+    def enter(self, job: UpstreamJob) -> bool:
+        """False: the job was dropped while it waited."""
+        with self.turn:
+            self.waiting.append(job)
+            while not job.dropped and not (self.free and self.next() is job):
+                self.turn.wait()
+            self.waiting.remove(job)
+            if not job.dropped:
+                self.free -= 1
+                self.running[job.client] += 1
+                job.running = True
+            self.turn.notify_all()
+            return not job.dropped
+
+    def next(self) -> UpstreamJob:
+        return min((job for job in self.waiting if not job.dropped), key=lambda job: self.running[job.client])
+
+    def leave(self, job: UpstreamJob) -> None:
+        with self.turn:
+            self.free += 1
+            self.running -= Counter([job.client])
+            self.turn.notify_all()
+
+    def wake(self) -> None:
+        with self.turn:
+            self.turn.notify_all()
+
+
+class Upstream:
+    """Another server as an engine; `spec.path` is its URL. Told by on_change: ready once it lists a model, dead when it has gone."""
+
+    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
+        self.spec, self.max_jobs, self.patience, self.on_change = spec, max_jobs, patience, on_change
+        url = urlsplit(spec.path)
+        self.secure, self.host, self.port = url.scheme == "https", url.hostname or "localhost", url.port
+        self.base = url.path.rstrip("/").removesuffix("/v1") + "/v1"
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {spec.key}"} if spec.key else {})
+        self.info: EngineInfo | None = None
+        self.dead: str | None = None
+        self.progress = 0.0
+        self.jobs: dict[int, UpstreamJob] = {}
+        self.lock = threading.Lock()  # guards jobs, dead and idle
+        self.numbers = itertools.count()
+        self.slots = Slots(spec.slots)
+        self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)
+        self.gone = threading.Event()
+        threading.Thread(target=self.watch, name="upstream-watch", daemon=True).start()
+
+    # ── the face of an engine ──
+
+    @property
+    def ready(self) -> bool:
+        return self.info is not None and self.dead is None
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
+        assert self.info is not None
+        path, body = request_body(prompts, sampling, self.info.model)
+        with self.lock:
+            if self.dead is not None:
+                raise EngineFailed(self.dead)
+            if len(self.jobs) >= self.max_jobs:
+                raise QueueFull
+            number = next(self.numbers)
+            job = self.jobs[number] = UpstreamJob(self, number, len(prompts) * sampling.n, client)
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        threading.Thread(target=self.run, args=(job, path, data, sampling), name="upstream-job", daemon=True).start()
+        return job
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Job:
+        raise Refused(f"An upstream server does not {name} for others: ask it yourself.", "prompt", "unsupported_parameter")
+
+    def drop(self, job: Job) -> None:
+        with self.lock:
+            known = self.jobs.pop(job.number, None)
+        if known:
+            known.hang_up()
+            self.slots.wake()
+
+    def queue_depth(self) -> int:
+        with self.lock:
+            return sum(not job.running for job in self.jobs.values())
+
+    def drop_waiting(self) -> None:
+        with self.lock:
+            waiting = [job for job in self.jobs.values() if not job.running]
+        for job in waiting:
+            self.drop(job)
+            job.events.put(Unloading("the model is being unloaded"))
+
+    def retire(self) -> bool:
+        with self.lock:
+            if not self.jobs and self.dead is None:
+                self.dead = "the model has been unloaded"
+            return not self.jobs
+
+    def check_silence(self, limit: float) -> None:
+        """Its silence is its own: the request gets its 504."""
+
+    def kill(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.gone.set()
+        with self.lock:
+            jobs = list(self.jobs.values())
+        for job in jobs:
+            job.hang_up()
+        self.slots.wake()
+        while self.idle:
+            self.idle.pop().close()
+
+    # ── is it there? ──
+
+    def watch(self) -> None:
+        """Ask for its models until it has gone; one that is not there yet is asked again."""
+        failures = 0
+        while not self.gone.is_set():
+            try:
+                connection = self.connect()
+                with contextlib.closing(connection):
+                    connection.request("GET", f"{self.base}/models", headers=self.headers)
+                    reply = connection.getresponse()
+                    data = reply.read()
+                if reply.status != 200:
+                    raise OSError(f"{self.base}/models answers {reply.status}")
+                failures = 0
+                if self.info is None:
+                    self.be_ready(json.loads(data))
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                failures += 1
+                if self.info is None:
+                    log.log(30 if failures == 1 else 10, "%s is not there yet: %s", self.spec.path, error)
+                elif failures == 3:
+                    self.die(f"{self.spec.path} has gone: {error}")
+            self.gone.wait(POLL_S if self.info else POLL_S / 4)
+
+    def be_ready(self, listing: Any) -> None:
+        card = listing["data"][0]
+        library = f"{self.spec.backend} at {self.spec.path}"
+        mark = hashlib.sha256(f"{library} {card['id']}".encode()).hexdigest()[:12]
+        self.info = EngineInfo(
+            self.spec.backend, library, self.spec.slots, 0, int(card.get("max_model_len") or 0), 0, f"fp_{mark}", model=str(card["id"])
+        )  # fmt: skip
+        self.progress = 1.0
+        self.on_change(self)
+
+    def die(self, reason: str) -> None:
+        with self.lock:
+            self.dead = reason
+        self.gone.set()
+        self.on_change(self)
+
+    # ── one job ──
+
+    def connect(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=CONNECT_S)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def run(self, job: UpstreamJob, path: str, data: bytes, sampling: Sampling) -> None:
+        try:
+            if not self.slots.enter(job):
+                return
+            job.events.put(Started(0, 0, time.monotonic()))  # the clock runs; what the prompt counted is told at the end
+            try:
+                self.forward(job, path, data, sampling)
+            finally:
+                self.slots.leave(job)
+        except (Refused, EngineFailed) as error:
+            job.events.put(error)
+        except ConnectionRefusedError:
+            job.events.put(UpstreamFailed(f"{self.spec.path} is not there", 503))
+        except Exception as error:  # resets, half lines, no JSON, a shape that nobody knows
+            if not job.dropped:
+                log.info("upstream: %s: %s", type(error).__name__, error)
+            job.events.put(UpstreamFailed(f"{self.spec.path} broke off: {str(error)[:200] or type(error).__name__}"))
+        finally:
+            with self.lock:
+                self.jobs.pop(job.number, None)
+
+    def forward(self, job: UpstreamJob, path: str, data: bytes, sampling: Sampling) -> None:
+        connection, reply = self.send(job, path, data)
+        try:
+            if reply.status != 200:
+                raise failure(reply.status, reply.headers.get("Retry-After"), reply.read(1 << 20))
+            Answer(job, sampling).read(events(reply))
+            if reply.isclosed() and not reply.will_close:
+                with self.lock:
+                    self.idle.append(connection)
+                return
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+
+    def send(self, job: UpstreamJob, path: str, data: bytes) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """A kept connection may have been closed meanwhile: then, and only then, a new one is tried."""
+        with self.lock:
+            kept = self.idle.pop() if self.idle else None
+        for connection in ([kept] if kept else []) + [None]:
+            connection = connection or self.connect()
+            job.socket = connection.sock
+            connection.sock.settimeout(None)  # the handler has the clock
+            if job.dropped:
+                job.hang_up()
+            try:
+                connection.request("POST", self.base + path, data, self.headers)
+                return connection, connection.getresponse()
+            except (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected):
+                connection.close()
+                if connection is not kept:
+                    raise
+        raise AssertionError("not reached")
+
+
+def request_body(prompts: Sequence[Prompt], s: Sampling, model: str) -> tuple[str, dict[str, Any]]:
+    """What is asked of the upstream: only what differs from doing nothing, under the names that vLLM and OpenAI have."""
+    first = prompts[0]
+    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    if first.messages is not None:
+        path, body["messages"] = "/chat/completions", list(first.messages)
+        body |= {} if s.logprobs is None else {"logprobs": True, "top_logprobs": s.logprobs}
+        body |= {"chat_template_kwargs": first.template_kwargs} if first.template_kwargs else {}
+        body |= {"continue_final_message": True} if first.continue_final else {}
+        if first.continue_final or not first.generation_prompt:
+            body["add_generation_prompt"] = False
+    else:
+        path = "/completions"
+        texts = [p.text if p.text is not None else list(p.tokens or ()) for p in prompts]
+        body["prompt"] = texts if len(texts) > 1 else texts[0]
+        body |= {} if s.logprobs is None else {"logprobs": s.logprobs}
+        body |= {"echo": True} if s.echo else {}
+    neutral = Sampling()
+    same = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "n", "seed")
+    for name in (*same, "repetition_penalty", "min_tokens", "ignore_eos"):
+        if (value := getattr(s, name)) != getattr(neutral, name):
+            body[name] = value
+    body |= {"stop": list(s.stop)} if s.stop else {}
+    body |= {"stop_token_ids": list(s.stop_token_ids)} if s.stop_token_ids else {}
+    body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias}} if s.logit_bias else {}
+    body |= {"structured_outputs": {"grammar": s.grammar}} if s.grammar else {}
+    return path, body
+
+
+def events(reply: http.client.HTTPResponse) -> Iterator[Any]:
+    """The JSON of server-sent events as they come, up to [DONE]. Raises UpstreamFailed, ValueError."""
+    rest = b""
+    while data := reply.read1(1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue  # comments, empty lines, names of events
+            text = line[5:].strip()
+            if text == b"[DONE]":
+                reply.read()  # the end of the chunked body, so that the connection can be kept
+                return
+            event = json.loads(text)
+            if "error" in event:
+                error = event["error"]
+                raise UpstreamFailed(str(error.get("message") if isinstance(error, dict) else error)[:300])
+            yield event
+    raise UpstreamFailed("it ended without [DONE]")
+
+
+class Answer:
+    """An upstream's chunks as this server's deltas. Finish reasons are held back until the usage is known."""
+
+    def __init__(self, job: UpstreamJob, sampling: Sampling):
+        self.job, self.sampling = job, sampling
+        self.finish: dict[int, str] = {}
+        self.pieces = 0
+
+    def read(self, chunks: Iterator[Any]) -> None:
+        usage: dict[str, Any] = {}
+        for chunk in chunks:
+            for choice in chunk.get("choices") or ():
+                self.choice(choice)
+            usage = chunk.get("usage") or usage
+        if len(self.finish) < self.job.open:
+            raise UpstreamFailed("it ended before the answer had")
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        now = time.monotonic()
+        self.job.events.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
+        tokens = int(
+            usage.get("completion_tokens", self.pieces)
+        )  # one that counts nothing: a piece is a token, as near as it gets
+        for index, finish in self.finish.items():
+            self.job.events.put(Delta(index, "", tokens, finish, (), now))
+            tokens = 0
+
+    def choice(self, choice: dict[str, Any]) -> None:
+        index, text = int(choice["index"]), choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        if not 0 <= index < self.job.open:
+            raise UpstreamFailed(f"it answers with a choice {index} that nobody asked for")
+        logprobs = tuple(named_logprobs(choice.get("logprobs") or {})) if self.sampling.logprobs is not None else ()
+        if text or logprobs:
+            self.pieces += 1
+            self.job.events.put(Delta(index, text, 0, None, logprobs, time.monotonic()))
+        finish = choice.get("finish_reason")
+        if finish and finish not in ("stop", "length", "content_filter"):
+            raise UpstreamFailed(f"it ended a choice with {finish!r}")
+        if finish:
+            cut = finish == "stop" and (self.sampling.stop or self.sampling.stop_token_ids)
+            self.finish[index] = "cut" if cut else finish
+
+
+def named_logprobs(given: dict[str, Any]) -> Iterator[TokenLogprob]:
+    """Of the chat shape (`content`) or the legacy one (`tokens`, `token_logprobs`, `top_logprobs`)."""
+
+    def data(entry: dict[str, Any]) -> bytes:
+        return bytes(entry["bytes"]) if entry.get("bytes") is not None else entry["token"].encode()
+
+    for entry in given.get("content") or ():
+        top = tuple((data(other), float(other["logprob"])) for other in entry.get("top_logprobs") or ())
+        yield TokenLogprob(data(entry), float(entry["logprob"]), top, True)
+    tokens, tops = given.get("tokens") or (), given.get("top_logprobs") or itertools.repeat(None)
+    for token, logprob, others in zip(tokens, given.get("token_logprobs") or (), tops, strict=False):
+        top = tuple((unname(other), float(value)) for other, value in (others or {}).items())
+        yield TokenLogprob(unname(token), logprob, top, True)
+
+
+def unname(token: str) -> bytes:
+    r"""The legacy shape writes half a character as bytes:\xe2\x98."""
+    if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", token):
+        return bytes.fromhex(token[len("bytes:") :].replace("\\x", ""))
+    return token.encode()
+
+
+def failure(status: int, retry_after: str | None, body: bytes) -> Exception:
+    """What an upstream's refusal is to our client: its own 400 and 429, a 503 while it is not ready; the rest is 502."""
+    try:
+        error = json.loads(body)["error"]
+        message, param, code = str(error["message"])[:1000], error.get("param"), error.get("code")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        message, param, code = body[:300].decode("utf-8", "replace"), None, None
+    if status in (400, 413, 422):
+        return Refused(message, param if isinstance(param, str) else None, code if isinstance(code, str) else None)
+    told = status if status in (429, 503) else 502
+    return UpstreamFailed(message if told != 502 else f"it answered {status}: {message}", told, retry_after)
