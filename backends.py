@@ -164,14 +164,18 @@ class UpstreamFailed(EngineFailed):
 
 
 class Unloading(EngineFailed):
-    """The model leaves memory before the job has got a slot."""
+    """The model `current` leaves memory before the job has got a slot."""
+
+    def __init__(self, current: str):
+        super().__init__(f"{current} is being unloaded")
+        self.current = current
 
 
 class QueueFull(Exception):
     """All slots are busy and the queue is full (HTTP 429)."""
 
 
-Event = Started | Details | Delta | Answer | Refused | EngineFailed
+Event = Started | Details | Delta | Answer | Refused | EngineFailed | QueueFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +395,8 @@ class EngineLoop:
         self.conn, self.backend = conn, backend
         self.waiting: deque[Choice] = deque()
         self.active: dict[int, Choice] = {}  # by seq
+        self.turns: dict[str, int] = {}  # when each client last got a slot
+        self.clock = itertools.count(1)
         self.calls: deque[tuple[int, Iterator[Any]]] = deque()  # one piece of one call between two steps
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
@@ -496,12 +502,13 @@ class EngineLoop:
         return Request(job, client, text, ids, hidden, sampling, self.backend.eos)
 
     def next_waiting(self) -> Choice:
-        """The first of the client that has the fewest slots: nobody's many requests starve another's one."""
-        if len(self.waiting) == 1:
-            return self.waiting.popleft()
+        """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""
         running = Counter(choice.request.client for choice in self.active.values())
-        choice = min(self.waiting, key=lambda choice: running[choice.request.client])
+        choice = min(self.waiting, key=lambda c: (running[c.request.client], self.turns.get(c.request.client, 0)))
         self.waiting.remove(choice)
+        if len(self.turns) > 10_000:
+            self.turns.clear()
+        self.turns[choice.request.client] = next(self.clock)
         return choice
 
     def admit(self) -> None:
@@ -723,8 +730,8 @@ def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int) -> i
 class Job:
     """A submitted request as its handler sees it. The handler takes and cancels; the reader thread puts."""
 
-    def __init__(self, engine: Any, number: int, choices: int):
-        self.engine, self.number = engine, number
+    def __init__(self, engine: Any, number: int, choices: int, client: str):
+        self.engine, self.number, self.client = engine, number, client
         self.open = choices  # choices that have not finished; changed by the engine's reader thread only
         self.running = False
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -742,6 +749,18 @@ class Job:
     def cancel(self) -> None:
         """Free the slot or the place in the queue. Harmless when the job has finished."""
         self.engine.drop(self)
+
+
+def displaced(jobs: Iterable[Job], client: str) -> Job:
+    """The job that gives up its place in a full queue for a client that has far fewer: the last one waiting of whoever has most.
+
+    Raises QueueFull where nobody has.
+    """
+    counts = Counter(job.client for job in jobs)
+    waiting = [job for job in jobs if not job.running and counts[job.client] > counts[client] + 1]
+    if not waiting:
+        raise QueueFull
+    return max(waiting, key=lambda job: (counts[job.client], job.number))
 
 
 class Engine:
@@ -768,9 +787,13 @@ class Engine:
         child.close()  # ours is the only other end now: its death is our EOF
         self.gone = threading.Event()
         self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
-        self.reader.start()
-        for target in (self.write, self.watch):
-            threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
+        try:
+            self.reader.start()
+            for target in (self.write, self.watch):
+                threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self.process.kill()
+            raise
 
     @property
     def ready(self) -> bool:
@@ -778,26 +801,30 @@ class Engine:
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
         """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients."""
-        return self.enter(len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
+        return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
 
-    def call(self, name: str, arguments: dict[str, Any]) -> Job:
+    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
         """One of CALLS; the job's only event is an Answer."""
-        return self.enter(1, "call", name, arguments)
+        return self.enter(client, 1, "call", name, arguments)
 
-    def enter(self, choices: int, kind: str, *arguments: Any) -> Job:
+    def enter(self, client: str, choices: int, kind: str, *arguments: Any) -> Job:
         number = next(self.numbers)
         try:
             message = ForkingPickler.dumps((kind, number, *arguments))
         except RecursionError:
             raise Refused("The request is nested too deeply.") from None
+        loser = None
         with self.lock:
             if self.dead is not None:
                 raise EngineFailed(self.dead)
             if len(self.jobs) >= self.max_jobs:
-                raise QueueFull
+                loser = displaced(self.jobs.values(), client)
             if not self.jobs:
                 self.heard = time.monotonic()  # it had nothing to say until now
-            job = self.jobs[number] = Job(self, number, choices)
+            job = self.jobs[number] = Job(self, number, choices, client)
+        if loser:
+            self.drop(loser)
+            loser.events.put(QueueFull())
         self.outbox.put(message)
         return job
 
@@ -812,13 +839,13 @@ class Engine:
         with self.lock:
             return sum(not job.running for job in self.jobs.values())
 
-    def drop_waiting(self) -> None:
-        """Jobs that wait for a slot end with Unloading."""
+    def drop_waiting(self, name: str) -> None:
+        """Jobs that wait for a slot end with Unloading; `name` is the model's."""
         with self.lock:
             waiting = [job for job in self.jobs.values() if not job.running]
         for job in waiting:
             self.drop(job)
-            job.events.put(Unloading("the model is being unloaded"))
+            job.events.put(Unloading(name))
 
     def retire(self) -> bool:
         """Take no more jobs, if there are none now: late-comers get EngineFailed."""
@@ -908,7 +935,9 @@ class Engine:
             self.reader.join(5)
 
     def close(self) -> None:
-        """End the process: politely, then not."""
+        """End the process: politely, then not. One that is still loading would not listen."""
+        if self.info is None:
+            self.process.kill()
         self.outbox.put(ForkingPickler.dumps(("close",)))
         self.process.join(5)
         if self.process.is_alive():

@@ -11,6 +11,7 @@ schema, while the grammar may be narrower than the schema (order of properties, 
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import json
 import math
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 MAX_REPEAT, MAX_RULES, MAX_TEXT, MAX_DEPTH, MAX_REGEX = 1_000, 2_000, 200_000, 64, 1_000
 MAX_COPIES = 20_000  # all repetition bounds together: llama.cpp writes each out as rules
 MAX_OPTIONAL, MAX_MEMBERS = 64, 100  # beyond, xgrammar takes seconds to compile and llama.cpp tenths of a second a token
-MAX_PLACES = 700  # in an ambiguous text; at 8,000 xgrammar takes 3 s a token, at 40,000 llama.cpp takes 8 s
+MAX_PLACES = 1_000  # in an ambiguous text; at 8,000 xgrammar takes 3 s a token, at 40,000 llama.cpp takes 8 s
 DIGITS, ANY_DEPTH, KEY_LENGTH, AROUND = 16, 4, 64, 64
 _sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
@@ -203,19 +204,22 @@ class Places:
     and everyone waits. A place is a term, how often it has been repeated, and what comes after it.
     """
 
-    STEPS, TRIES = 48, 4
+    STEPS, TRIES, CODES, WORK = 48, 4, 64, 1_000_000
 
     def __init__(self, rules: dict[str, Term]) -> None:
         self.rules = rules
         self.places: list[tuple[Term, int, int]] = [(_EMPTY, 0, 0)]  # 0 is the end
-        self.numbers: dict[tuple[Term, int, int], int] = {}
+        self.numbers: dict[tuple[int, int, int], int] = {}  # by the term's identity: to hash a deep term takes long
+        self.tails: dict[int, Term] = {}  # a literal without its first character
         self.known: dict[int, tuple[list[tuple[Ranges, int]], int]] = {}
+        self.starts: dict[Ranges, list[int]] = {}
+        self.work = 0
 
     def place(self, term: Term, count: int, after: int) -> int:
-        key = (term, count, after)
+        key = (id(term), count, after)
         if key not in self.numbers:
             self.numbers[key] = len(self.places)
-            self.places.append(key)
+            self.places.append((term, count, after))  # keeps the term, and so its identity
         return self.numbers[key]
 
     def heads(self, start: int) -> tuple[list[tuple[Ranges, int]], int]:
@@ -226,9 +230,13 @@ class Places:
         while todo and len(seen) <= MAX_PLACES:
             number = todo.pop()
             term, count, after = self.places[number]
-            if term.op == "set" or term.text and term.op == "lit":
-                rest = after if term.op == "set" or len(term.text) == 1 else self.place(_lit(term.text[1:]), 0, after)
-                found.append((term.ranges or ((ord(term.text[0]), ord(term.text[0])),), rest))
+            self.work += 1 + len(term.parts)
+            if term.op == "set":
+                found.append((term.ranges, after))
+                continue
+            if term.op == "lit" and term.text:
+                rest = after if len(term.text) == 1 else self.place(self.tail(term), 0, after)
+                found.append((((ord(term.text[0]), ord(term.text[0])),), rest))
                 continue
             following = [after] if number else []
             if term.op == "ref":
@@ -249,27 +257,44 @@ class Places:
         self.known[start] = (found, len(seen))
         return self.known[start]
 
+    def tail(self, term: Term) -> Term:
+        return self.tails.setdefault(id(term), _lit(term.text[1:]))
+
     def most(self) -> int:
         """The largest sum of places that one character made the parser look at; beyond MAX_PLACES it is not looked further."""
-        now, most = {self.place(Term("ref", "root"), 0, 0)}, 0
-        for _ in range(self.STEPS):
-            most = max(most, sum(self.heads(number)[1] for number in now))
-            heads = [head for number in now for head in self.heads(number)[0]]
-            if not heads or most > MAX_PLACES:
-                break
-            ways = [self.after(heads, code) for code in self.likely(heads)]
-            now = max(ways, key=lambda way: sum(self.heads(number)[1] for number in way))
+        now, most = frozenset([self.place(Term("ref", "root"), 0, 0)]), 0
+        been: set[frozenset[int]] = set()
+        while now and now not in been and len(been) < self.STEPS:
+            been.add(now)
+            most = max(most, self.size(now))
+            if most > MAX_PLACES or self.work > self.WORK:
+                return MAX_PLACES + 1
+            heads: dict[Ranges, list[int]] = {}
+            for number in now:
+                for ranges, place in self.heads(number)[0]:
+                    heads.setdefault(ranges, []).append(place)
+            now = max((self.after(heads, code) for code in self.likely(heads)), key=self.size, default=frozenset())
         return most
 
-    def likely(self, heads: list[tuple[Ranges, int]]) -> list[int]:
+    def size(self, now: frozenset[int]) -> int:
+        return sum(self.heads(number)[1] for number in now)
+
+    def likely(self, heads: dict[Ranges, list[int]]) -> list[int]:
         """Characters that may be read in the most ways."""
-        codes = {ranges[0][0] for ranges, _ in heads} | {ord(char) for char in "a 0A,"}
-        ranked = sorted(codes, key=lambda code: (-len(self.after(heads, code)), code))
+        codes = sorted({ranges[0][0] for ranges in heads})[: self.CODES] + [ord(char) for char in "a 0A,"]
+        ranked = sorted({*codes}, key=lambda code: (-len(self.after(heads, code)), code))
         return ranked[: self.TRIES]
 
-    @staticmethod
-    def after(heads: list[tuple[Ranges, int]], code: int) -> set[int]:
-        return {place for ranges, place in heads if any(a <= code <= b for a, b in ranges)}
+    def after(self, heads: dict[Ranges, list[int]], code: int) -> frozenset[int]:
+        self.work += len(heads)
+        return frozenset(place for ranges, places in heads.items() if self.holds(ranges, code) for place in places)
+
+    def holds(self, ranges: Ranges, code: int) -> bool:
+        """The ranges are in order and apart."""
+        if ranges not in self.starts:
+            self.starts[ranges] = [first for first, _ in ranges]
+        at = bisect.bisect_right(self.starts[ranges], code) - 1
+        return at >= 0 and code <= ranges[at][1]
 
 
 def _inline(term: Term) -> bool:

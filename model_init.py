@@ -533,8 +533,10 @@ class Catalog:
                 for model in sorted(self.in_folder(str(self.root), ""), key=lambda model: model.id.lower()):
                     id = model.id if model.id not in found else f"{model.id}.{model.kind}"  # a.gguf beside a/
                     found.setdefault(id, replace(model, id=id))
-            except OSError as error:
+            except OSError as error:  # a network folder that hiccups, say: what was there is still there
                 self.tell(str(self.root), str(error))
+                self.scanned = time.monotonic()
+                return
         names: dict[str, list[str]] = {}
         for model in found.values():
             for name in model.aliases():
@@ -544,9 +546,7 @@ class Catalog:
     def in_folder(self, path: str, id: str) -> Iterator[Model]:
         """The models of one folder and, down to <org>/<repo>, of those in it."""
         files, folders = self.listing(path)
-        ggufs = [name for name in files if name.endswith(".gguf")]
-        sizes = [os.stat(f"{path}/{name}") for name in ggufs]  # one that is being copied grows and leaves the folder as it was
-        made_from = (files, [(size.st_size, size.st_mtime_ns) for size in sizes])
+        made_from = (files, [self.size(f"{path}/{name}") for name in files if name.endswith(".gguf")])
         known = self.parsed.get(path)
         if known is None or known[0] != made_from:
             known = self.parsed[path] = (made_from, self.parse(path, files, id))
@@ -558,17 +558,29 @@ class Catalog:
                 except OSError as error:
                     self.tell(f"{path}/{name}", str(error))
 
+    @staticmethod
+    def size(path: str) -> tuple[int, int] | None:
+        """A file that is being copied grows, and leaves its folder as it was. None: it has just gone."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns
+
     def parse(self, path: str, files: list[str], id: str) -> list[Model]:
         """Of the root only GGUF files; a broken one does not hide the others."""
         groups = [files]
         if not id:
-            whole = [PART.sub("", name) for name in files]
-            groups = [[n for n in files if PART.sub("", n) == name] for name in sorted({*whole}) if name.endswith(".gguf")]
+            parts: dict[str, list[str]] = {}
+            for name in files:
+                if name.endswith(".gguf"):
+                    parts.setdefault(PART.sub("", name), []).append(name)
+            groups = list(parts.values())
         models: list[Model] = []
         for names in groups:
             try:
                 models += models_in(Path(path), names, id or PART.sub("", names[0]).removesuffix(".gguf"))
-            except Incomplete as error:
+            except (Incomplete, OSError) as error:
                 self.tell(path if id else f"{path}/{names[0]}", str(error))
         return models
 
@@ -584,7 +596,10 @@ class Catalog:
             for entry in entries:
                 if entry.name.startswith(".") or (entry.is_symlink() and not self.inside(entry.path)):
                     continue
-                (folders if entry.is_dir() else files).append(entry.name)
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():  # not a pipe, which to open would wait for ever
+                    files.append(entry.name)
         recent = time.time_ns() - changed < self.TRUST_S * 1e9
         self.folders[path] = (0 if recent else changed, sorted(files), sorted(folders))
         return self.folders[path][1:]
@@ -713,6 +728,7 @@ MOVES = {  # the life of a model: what may follow what
 IN_MEMORY = ("loading", "loaded", "draining")
 RETRY_S = 2  # what a client is told to wait before it asks again for a model that is being loaded
 HOLD_S = 5.0  # so long a model that was promised by a 202 stays for the client to come back, and so long a failure is told
+PROMISE_S = 60.0  # after this a client that was promised a model is a new one
 
 
 AnyEngine = Engine | Upstream
@@ -744,7 +760,8 @@ class Life:
         self.failure = ""  # why the last load or engine failed
         self.used = 0.0  # when it last had a job
         self.waiters = 0  # requests that wait for it to be loaded
-        self.promised: set[str] = set()  # clients that got a 202 for it and have not come back
+        self.promised: dict[str, float] = {}  # clients that got a 202 for it and have not come back, and when they got it
+        self.unlisted_since = 0.0  # when its files were first missed
         self.was_ready = False  # since it was last unloaded: an engine that dies is then replaced
         self.comes_back = False  # it is loaded because another could not be
         self.pause, self.born, self.restart_at = 0.0, 0.0, 0.0
@@ -835,12 +852,18 @@ class Models:
             return current.model
         if not models:
             raise NotReady(f"there is no complete model in {self.catalog.root}")
-        return next(iter(models.values()))
+        return next((model for model in models.values() if self.loadable(model)), next(iter(models.values())))
+
+    def loadable(self, model: Model) -> bool:
+        try:
+            return bool(self.spec(model))
+        except UsageError:
+            return False
 
     def acquire(self, model: Model, client: str, gone: Callable[[], bool], wait: float | None = None) -> AnyEngine:
         """The model's engine, as soon as it is ready, within `wait` seconds (None: --load-wait).
 
-        Raises StillLoading, Conflict, NotReady, QueueFull. `gone` is asked now and then whether the client has left.
+        Raises StillLoading, Conflict, NotReady, UsageError, QueueFull. `gone` is asked now and then whether the client has left.
         """
         until = time.monotonic() + (self.load_wait() if wait is None else wait)
         with self.changed:
@@ -855,7 +878,7 @@ class Models:
                         raise self.not_yet(life, client)
                     self.changed.wait(0.1)
                 life.used = time.monotonic()
-                life.promised.discard(client)
+                life.promised.pop(client, None)
                 return life.engine
             finally:
                 life.waiters -= 1
@@ -883,21 +906,20 @@ class Models:
         return life
 
     def want(self, life: Life, client: str) -> None:
-        """Bring the model into memory if that can begin now. Raises NotReady when it never can, or has just failed."""
+        """Bring the model into memory if that can begin now. Raises UsageError when it never can, NotReady when it has just failed."""
         if self.closing:
             raise NotReady("the server is shutting down")
         now = time.monotonic()
-        if life.state == "failed" and (life.restart_at or client in life.promised or now < life.since + HOLD_S):
-            life.promised.discard(client)  # each client to whom it was promised is told once, before it is tried again
-            raise NotReady(f"the model failed: {life.failure}")
+        if life.state == "failed":
+            # Each client to whom it was promised is told once, before it is tried again.
+            promised = now - life.promised.pop(client, -PROMISE_S) < PROMISE_S
+            if life.restart_at or promised or now < life.since + HOLD_S:
+                raise NotReady(f"the model failed: {life.failure}")
         if life.state == "loading" and life.model.kind == "upstream":
             raise NotReady(f"{self.spec(life.model).path} is not there yet")
         if life.state not in ("unloaded", "failed") or self.switch:
             return
-        try:
-            self.spec(life.model)
-        except UsageError as error:
-            raise NotReady(f"{life.model.id}: {error}") from None
+        self.spec(life.model)
         life.was_ready = False  # whatever it was before: if it cannot be loaded now, that is told, and not tried for ever
         if self.room():
             self.start(life)
@@ -911,13 +933,15 @@ class Models:
         return sum(life.state in IN_MEMORY for life in self.lives.values()) < self.limits.max_loaded
 
     def not_yet(self, life: Life, client: str) -> Exception:
-        target = self.switch.target if self.switch else next((x for x in self.lives.values() if x.state == "loading"), None)
+        if life.state == "failed":
+            return NotReady(f"the model failed: {life.failure}")
         current = self.current("loaded", "draining")
         in_memory = self.catalog.public(current.model) if current else None
-        if target is life:
+        if life.state == "loading" or (self.switch and self.switch.target is life):
             if len(life.promised) < 1000:
-                life.promised.add(client)
+                life.promised[client] = time.monotonic()
             return StillLoading(self.catalog.public(life.model), in_memory)
+        target = self.switch.target if self.switch else self.current("loading")
         going = f"the server is switching to {target.model.id}" if target else f"{life.model.id} is being unloaded"
         return Conflict(in_memory, going)
 
@@ -1000,7 +1024,7 @@ class Models:
                 spec, self.limits.max_jobs, self.limits.patience, lambda engine: self.engine_changed(life, engine)
             )
             log.info("loading %s with %s", spec.path, spec.backend)
-        except (OSError, UsageError) as error:  # no file numbers or no memory left for a process: later, maybe
+        except Exception as error:  # no file numbers, no memory, no thread left: later, maybe
             self.failed(life, f"cannot start the engine: {error}")
             life.restart_at = time.monotonic() + 5.0 if life.was_ready else 0.0
         self.changed.notify_all()
@@ -1021,7 +1045,7 @@ class Models:
         """No more requests for it; those in its queue are told. Under the lock."""
         life.move("draining")
         if life.engine:
-            life.engine.drop_waiting()
+            life.engine.drop_waiting(self.catalog.public(life.model))
         self.changed.notify_all()
 
     def engine_changed(self, life: Life, engine: AnyEngine) -> None:
@@ -1070,6 +1094,7 @@ class Models:
         # A request waits for an engine that comes back at once; otherwise it is told.
         life.move("loading" if engine.info and pause <= 2 and not leaves else "failed")
         life.restart_at = 0.0 if leaves else now + pause
+        life.was_ready = not leaves  # should it come back, that is a load like any other
         log.error("%s%s", reason, "" if leaves else f"; starting it again{f' in {pause:.0f} s' if pause else ''}")
         self.changed.notify_all()
 
@@ -1102,7 +1127,9 @@ class Models:
                 if life.state == "loading" or self.room():
                     self.start(life)
             idle = 0 < self.limits.idle_unload < now - life.used
-            if life.state == "loaded" and (idle or life.model.id not in present) and not life.wanted(now) and not self.switch:
+            life.unlisted_since = 0.0 if life.model.id in present else life.unlisted_since or now
+            gone = life.unlisted_since and now - life.unlisted_since > 2 * self.catalog.RESCAN_S  # not by one bad look
+            if life.state == "loaded" and (idle or gone) and not life.wanted(now) and not self.switch:
                 log.info("unloading %s: %s", life.model.id, "nobody has asked for it" if idle else "its files are gone")
                 self.drain(life)
         if switch := self.switch:

@@ -162,7 +162,9 @@ def as_api_error(error: Exception) -> ApiError:
         headers = [("Retry-After", wait)] if error.status in (429, 503) else []
         return ApiError(error.status, f"The upstream server failed: {error}.", code="upstream_failed", headers=headers)
     if isinstance(error, Unloading):
-        return ApiError(409, f"Try again: {error}.", "model", "model_swapped", later)
+        return ApiError(409, f"Try again: {error}.", "model", "model_swapped", later, current_model=error.current)
+    if isinstance(error, UsageError):
+        return ApiError(400, f"This model cannot be loaded here: {error}.", "model", "unsupported_model")
     if isinstance(error, EngineFailed):
         return ApiError(500, f"The engine failed: {error}. Try again.", code="engine_failed")
     log.error("bug: %s", error, exc_info=error)
@@ -1442,7 +1444,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """One call to the engine."""
-        job = self.submit(lambda engine: engine.call(name, arguments))
+        client = self.client()
+        job = self.submit(lambda engine: engine.call(name, arguments, client))
         until = time.monotonic() + self.server.request_timeout
         try:
             while time.monotonic() < until:
@@ -1459,9 +1462,18 @@ class Handler(BaseHTTPRequestHandler):
 
     # ── the operator's routes ──
 
+    def read_operation(self) -> dict[str, Any]:
+        """Here no other model stands in for the one that is named."""
+        values, _ = read_fields(parse_json(self.body), OPERATE, strict=True)
+        name = require(values, "model", OPERATE)
+        if (model := self.server.models.catalog.find(name)) is None:
+            raise ApiError(404, f"There is no model {name!r}. GET /v1/models lists them.", "model", "model_not_found")
+        self.model = model
+        return values
+
     def post_load(self) -> None:
         """Load a model and tell when it is there; `stream`: how far it is, as server-sent events."""
-        values = self.read(OPERATE)
+        values = self.read_operation()
         models, wait = self.server.models, self.prefers_to_wait()
         if values.get("stream"):
             return self.stream_load()
@@ -1492,7 +1504,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def post_unload(self) -> None:
         """Take a model out of memory, once it has answered what it has begun."""
-        self.read(OPERATE)
+        self.read_operation()
         life = self.server.models.unload(self.model)
         until = time.monotonic() + self.server.request_timeout
         while life.state == "draining" and time.monotonic() < until and not self.peer_gone():
@@ -1693,7 +1705,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         if found := re.match(r"unrecognized arguments: (-\S+)", message):
             word = model_init.same_dashes([found[1].partition("=")[0]])[0]
-            known = [option for action in self._actions if action.help != argparse.SUPPRESS for option in action.option_strings]
+            known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(word, known, 1, 0.7)
             message = f"there is no flag {word}" + (f", did you mean {near[0]}?" if near else "")
         self.exit(2, f"{self.prog}: {message.rstrip('.')}{'' if message.endswith('?') else '.'} Try --help.\n")

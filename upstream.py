@@ -35,6 +35,7 @@ from backends import (
     TokenLogprob,
     Unloading,
     UpstreamFailed,
+    displaced,
     log,
 )
 
@@ -46,8 +47,8 @@ class UpstreamJob(Job):
     """A job, and the connection that it runs on."""
 
     def __init__(self, engine: Any, number: int, choices: int, client: str):
-        super().__init__(engine, number, choices)
-        self.client, self.dropped = client, False
+        super().__init__(engine, number, choices, client)
+        self.dropped = False
         self.socket: socket.socket | None = None
 
     def hang_up(self) -> None:
@@ -58,12 +59,14 @@ class UpstreamJob(Job):
 
 
 class Slots:
-    """So many jobs at once; a slot goes to the client that has the fewest, in the order of arrival."""
+    """So many jobs at once; a slot goes to the client that has the fewest, and got its last one longest ago."""
 
     def __init__(self, count: int):
         self.free, self.turn = count, threading.Condition()
         self.waiting: list[UpstreamJob] = []
         self.running: Counter[str] = Counter()
+        self.turns: dict[str, int] = {}  # when each client last got a slot
+        self.clock = itertools.count(1)
 
     def enter(self, job: UpstreamJob) -> bool:
         """False: the job was dropped while it waited."""
@@ -75,12 +78,15 @@ class Slots:
             if not job.dropped:
                 self.free -= 1
                 self.running[job.client] += 1
+                self.turns = self.turns if len(self.turns) < 10_000 else {}
+                self.turns[job.client] = next(self.clock)
                 job.running = True
             self.turn.notify_all()
             return not job.dropped
 
     def next(self) -> UpstreamJob:
-        return min((job for job in self.waiting if not job.dropped), key=lambda job: self.running[job.client])
+        waiting = (job for job in self.waiting if not job.dropped)
+        return min(waiting, key=lambda job: (self.running[job.client], self.turns.get(job.client, 0)))
 
     def leave(self, job: UpstreamJob) -> None:
         with self.turn:
@@ -122,18 +128,22 @@ class Upstream:
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
         assert self.info is not None
         path, body = request_body(prompts, sampling, self.info.model)
+        loser = None
         with self.lock:
             if self.dead is not None:
                 raise EngineFailed(self.dead)
             if len(self.jobs) >= self.max_jobs:
-                raise QueueFull
+                loser = displaced(self.jobs.values(), client)
             number = next(self.numbers)
             job = self.jobs[number] = UpstreamJob(self, number, len(prompts) * sampling.n, client)
+        if loser:
+            self.drop(loser)
+            loser.events.put(QueueFull())
         data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         threading.Thread(target=self.run, args=(job, path, data, sampling), name="upstream-job", daemon=True).start()
         return job
 
-    def call(self, name: str, arguments: dict[str, Any]) -> Job:
+    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
         raise Refused(f"An upstream server does not {name} for others: ask it yourself.", "prompt", "unsupported_parameter")
 
     def drop(self, job: Job) -> None:
@@ -147,12 +157,12 @@ class Upstream:
         with self.lock:
             return sum(not job.running for job in self.jobs.values())
 
-    def drop_waiting(self) -> None:
+    def drop_waiting(self, name: str) -> None:
         with self.lock:
             waiting = [job for job in self.jobs.values() if not job.running]
         for job in waiting:
             self.drop(job)
-            job.events.put(Unloading("the model is being unloaded"))
+            job.events.put(Unloading(name))
 
     def retire(self) -> bool:
         with self.lock:

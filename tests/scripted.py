@@ -19,10 +19,10 @@ class Scripted:
         self.eos, self.defaults, self.library = frozenset([EOS]), {}, "scripted 1"
         self.live, self.next, self.vocabulary, self.bos, self.template = {}, 0, 256, -1, self
         progress(0.5)
-        if os.path.exists(f"{self.folder}/fail"):
-            raise RuntimeError("the script says: no")
         while os.path.exists(f"{self.folder}/slow"):
             time.sleep(0.005)
+        if os.path.exists(f"{self.folder}/fail"):
+            raise RuntimeError("the script says: no")
         self.note("load")
 
     def note(self, text):

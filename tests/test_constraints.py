@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -549,3 +550,25 @@ def test_own_grammars(text: str, good: list[str], bad: list[str]) -> None:
 def test_own_grammars_refused(text: str, word: str) -> None:
     with pytest.raises(c.Unsupported, match=re.escape(word)):
         c.own_grammar(text)
+
+
+def test_the_estimate_itself_is_bounded(monkeypatch):
+    """Hundreds of classes, deep terms, long chains: the work is counted, and beyond a bound the grammar is refused."""
+    work, most = [], c.Places.most
+
+    def counted(self):
+        try:
+            return most(self)
+        finally:
+            work.append(self.work)
+
+    monkeypatch.setattr(c.Places, "most", counted)
+    classes = " | ".join("[" + "".join(chr(0x4E00 + 50 * i + 2 * j) for j in range(24)) + "]" for i in range(400))
+    for text in (
+        f"root ::= ( {classes} )+",
+        "root ::= " + "[a-z]{1,6} " * 300,
+        "root ::= " + "(" * 30 + "[a-z]" + "{1,6})" * 30,
+    ):
+        with contextlib.suppress(c.Unsupported):
+            c.own_grammar(text)
+    assert work and max(work) < 2 * c.Places.WORK

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import serve_many, sse, until
+from conftest import serve, serve_many, sse, until
 
 import model_init
 import openai_api_endpoint as endpoint
+from backends import EngineSpec
 from model_init import COMPLETE, PROFILES, Catalog, Life, Model, UsageError, choose_backend
 
 IR = [group[0] for group in COMPLETE["openvino"]]
@@ -379,6 +380,7 @@ def test_idle_models_are_unloaded(tmp_path):
 def test_a_model_whose_files_go_leaves(tmp_path, monkeypatch):
     with serve_many(tmp_path, "ab", load_wait=60) as served:
         assert ask(served, "a")[0] == 200
+        monkeypatch.setattr(served.models.catalog, "RESCAN_S", 0.1)
         monkeypatch.setattr(served.models.catalog, "found", {"b": served.models.catalog.found["b"]})
         until(lambda: served.models.lives["a"].state == "unloaded")
         assert list(statuses(served)) == ["b"]
@@ -474,6 +476,8 @@ def test_operators_routes(tmp_path):
         (served.at["a"] / "fail").touch()
         assert served.request("POST", "/v1/models/load", {"model": "a"})[0] == 503
         served.models.lives["a"].since -= 60
+        (served.at["a"] / "slow").touch()
+        threading.Timer(0.5, (served.at["a"] / "slow").unlink).start()
         events = sse(served.request("POST", "/v1/models/load", {"model": "a", "stream": True})[1])
         assert "the script says: no" in events[-1]["error"]["message"]
         for admin, headers, status in (
@@ -498,6 +502,115 @@ def test_one_clients_many_do_not_starve_anothers_one(tmp_path):
         starts = [line.split()[3] for line in served.calls() if line.startswith("start")]
         assert len(starts) == 32
         assert starts.index("few") <= 4, starts
+
+
+def test_with_one_slot_clients_take_turns(tmp_path):
+    with serve_many(tmp_path, "a", slots=1, queue=40) as served:
+        loaded(served, "a")
+        (served.at["a"] / "hold").touch()
+        many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers={"X-Api-Key": "many"}) for i in range(20)])
+        until(lambda: served.models.running() == 20)
+        few = in_background(lambda: ask(served, "a", "echo few", headers={"X-Api-Key": "few"}))
+        until(lambda: served.models.running() == 21)
+        (served.at["a"] / "hold").unlink()
+        for thread in many + few:
+            thread.join()
+        starts = [line.split()[3] for line in served.calls() if line.startswith("start") and "hi" not in line]
+        assert starts.index("few") <= 2, starts
+
+
+def test_a_client_that_fills_the_queue_gives_way(tmp_path):
+    """The last place of whoever has most goes to one that has nothing; among equals the queue is just full."""
+    with serve_many(tmp_path, "a", slots=1, queue=4) as served:
+        loaded(served, "a")
+        (served.at["a"] / "hold").touch()
+        answers = []
+        threads = in_background(
+            *[lambda: answers.append(ask(served, "a", "echo x", headers={"X-Api-Key": "many"})[0]) for _ in range(5)]
+        )
+        until(lambda: served.models.running() == 5)
+        assert ask(served, "a", headers={"X-Api-Key": "many"})[0] == 429
+        threads += in_background(lambda: answers.append(ask(served, "a", "echo few", headers={"X-Api-Key": "few"})[0]))
+        until(lambda: answers == [429])
+        (served.at["a"] / "hold").unlink()
+        for thread in threads:
+            thread.join()
+        assert sorted(answers) == [200] * 5 + [429]
+
+
+def test_two_that_load_at_once_are_both_on_their_way(tmp_path):
+    with serve_many(tmp_path, "abc", max_loaded=2) as served:
+        for model in "ab":
+            (served.at[model] / "slow").touch()
+        assert [ask(served, model)[0] for model in "abcab"] == [202, 202, 409, 202, 202]
+        for model in "ab":
+            (served.at[model] / "slow").unlink()
+
+
+def test_a_process_that_cannot_be_started(tmp_path, monkeypatch):
+    def no_more(*_):
+        raise RuntimeError("can't start new thread")
+
+    with serve_many(tmp_path, "ab") as served:
+        monkeypatch.setattr(model_init, "Engine", no_more)
+        assert ask(served, "a")[0] == 503
+        assert statuses(served)["a"] == "failed" and "new thread" in healthz(served)["last_error"]
+        monkeypatch.undo()
+        served.models.lives["a"].since -= 60
+        served.models.lives["a"].promised.clear()
+        loaded(served, "a")
+
+
+def test_files_that_come_and_go_while_they_are_looked_at(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "stays.gguf")
+    catalog = Catalog(tmp_path)
+    files, folders = catalog.listing(str(tmp_path))
+    monkeypatch.setattr(catalog, "listing", lambda path: ([*files, "gone.gguf"], folders))
+    catalog.scan()
+    assert list(catalog.models()) == ["stays"]
+
+    def broken(path):
+        raise OSError("the network folder hiccups")
+
+    monkeypatch.setattr(catalog, "listing", broken)
+    catalog.scan()
+    assert list(catalog.models()) == ["stays"]
+
+
+def test_a_pipe_is_no_model(tmp_path):
+    os.mkfifo(tmp_path / "x.gguf")
+    write_gguf(tmp_path / "y.gguf")
+    assert listed(tmp_path) == ["y"]
+
+
+def test_a_model_that_nothing_here_loads(tmp_path):
+    write_files(tmp_path / "a-hf", HF)
+    write_gguf(tmp_path / "b.gguf")
+    limits = model_init.Limits(load_wait=60)
+    (tmp_path / "scripted").mkdir()
+
+    def make_spec(model):
+        if model.kind == "hf":
+            choose_backend(model, "auto")
+        return EngineSpec("scripted:Scripted", str(tmp_path / "scripted"))
+
+    with serve(model_init.Models(Catalog(tmp_path), make_spec, limits), ready=False) as served:
+        for path, body in (
+            ("/v1/embeddings", {"input": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            status, reply, _ = served.request("POST", path, body | {"model": "a-hf"})
+            assert (status, reply["error"]["param"], reply["error"]["code"]) == (400, "model", "unsupported_model")
+        assert served.chat("echo hi", max_tokens=9)[1]["model"] == "b"  # nor is it the default one
+        assert served.request("GET", "/health")[0] == 200
+
+
+def test_an_operator_names_a_model(tmp_path):
+    with serve_many(tmp_path, "a", unknown="serve") as served:
+        loaded(served, "a")
+        assert served.request("POST", "/v1/models/unload", {"model": "typo"})[0] == 404
+        assert served.request("POST", "/v1/models/unload", {})[0] == 400
+        assert statuses(served) == {"a": "loaded"}
 
 
 def test_switching_under_load(tmp_path):

@@ -298,11 +298,11 @@ def test_llm_serve_400(llm_serve):
         ({"messages": user("x " * 9000)}, "messages"),
     ):
         status, reply, _ = post(url, **body)
-        assert (status, reply["error"]["param"]) == (400, param) or reply["error"]["code"] == "context_length_exceeded", reply
+        assert (status, reply["error"]["param"]) == (400, param), reply
 
 
-def test_llm_serve_queue_and_timeout(llm_serve):
-    """One slot, one place in the queue: the third gets 429 before any header of a stream; a long answer gets 504."""
+def test_llm_serve_queue(llm_serve):
+    """One slot, one place in the queue: the third gets 429 before any header of a stream."""
     url = llm_serve.url
     long = {"messages": user("Tell a very long story."), "max_tokens": 3000, "stream": True, "temperature": 1.5}
     request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(long).encode())
@@ -375,6 +375,7 @@ def test_metallama(metallama):
     body = {"model": METALLAMA, "messages": user("Write a short poem about AI."), "stream": True}
     is_stream(curl(url, "/v1/chat/completions", body, "-X POST"))
     for name in (METALLAMA, f"{METALLAMA}.gguf", "Llama-3.2-1B-Instruct"):
+        assert get(f"{url}/v1/models/{name}")["id"] == METALLAMA  # nothing stands in here for a name that is unknown
         for key in ("dummy", "sk-1"):
             status, reply, _ = post(url, {"Authorization": f"Bearer {key}"}, model=name, messages=user("Hi"), max_tokens=3)
             assert status == 200 and is_completion(reply, name)

@@ -233,7 +233,7 @@ def test_slots_and_queue(front, far):
         until(lambda: front.models.running() == len(threads))
     until(lambda: len(far.bodies) == 2)
     assert front.models.queue_depth() == 2
-    status, body, headers = front.chat("five")
+    status, body, headers = front.chat("five", headers={"X-Api-Key": "a"})
     assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
     gate.release()
     until(lambda: len(far.bodies) == 3)
