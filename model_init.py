@@ -933,14 +933,14 @@ class Models:
         return sum(life.state in IN_MEMORY for life in self.lives.values()) < self.limits.max_loaded
 
     def not_yet(self, life: Life, client: str) -> Exception:
-        if life.state == "failed":
-            return NotReady(f"the model failed: {life.failure}")
         current = self.current("loaded", "draining")
         in_memory = self.catalog.public(current.model) if current else None
         if life.state == "loading" or (self.switch and self.switch.target is life):
             if len(life.promised) < 1000:
                 life.promised[client] = time.monotonic()
             return StillLoading(self.catalog.public(life.model), in_memory)
+        if life.state == "failed":
+            return NotReady(f"the model failed: {life.failure}")
         target = self.switch.target if self.switch else self.current("loading")
         going = f"the server is switching to {target.model.id}" if target else f"{life.model.id} is being unloaded"
         return Conflict(in_memory, going)
