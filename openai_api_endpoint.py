@@ -1268,8 +1268,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
-        models = self.server.models
-        info = models.acquire(self.queried_model(), self.client(), self.peer_gone, self.prefers_to_wait()).info
+        models, model = self.server.models, self.queried_model()
+        refuse_lacking("tokenizer_info", "inside", models.backend(model))
+        info = models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
         self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
 
     # ── POST routes that generate ──

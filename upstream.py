@@ -84,9 +84,9 @@ class Slots:
             self.turn.notify_all()
             return not job.dropped
 
-    def next(self) -> UpstreamJob:
+    def next(self) -> UpstreamJob | None:
         waiting = (job for job in self.waiting if not job.dropped)
-        return min(waiting, key=lambda job: (self.running[job.client], self.turns.get(job.client, 0)))
+        return min(waiting, key=lambda job: (self.running[job.client], self.turns.get(job.client, 0)), default=None)
 
     def leave(self, job: UpstreamJob) -> None:
         with self.turn:

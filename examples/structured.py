@@ -5,7 +5,7 @@ import sys
 from enum import Enum
 
 from openai import BadRequestError, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://localhost:8000"
 client = OpenAI(base_url=f"{url}/v1", api_key="any")
@@ -18,9 +18,9 @@ class Colour(str, Enum):
 
 
 class Pet(BaseModel):
-    name: str
+    name: str = Field(max_length=20)  # what has an end, a small model too comes to
     colour: Colour
-    legs: int
+    legs: int = Field(ge=0, le=8)
 
 
 parsed = client.chat.completions.parse(
