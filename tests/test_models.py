@@ -749,3 +749,27 @@ def test_flags_of_exllamav3_are_accepted():
     args = endpoint.parse_args([*line.split(), "--batch_size", "3", "--tp-max-parallelism-mlp", "2", "-tp_attn", "1"])
     assert (args.model_dir, args.cache_size, args.length, args.max_parallel) == ("x", 4096, 2048, 3)
     assert args.useless[:3] == ["-gs", "-cq", "-tp"] and len(args.useless) == 11
+
+
+def test_llm_serves_error_codes(tmp_path):
+    """Those of its document's section 8 that a scripted engine can bring about: 400, 409, 429, 503, 504, 500."""
+    with serve_many(tmp_path, "abc", slots=1, queue=1, profile=PROFILES["llm-serve"], unknown="400", default="a") as served:
+        loaded(served, "a")
+        assert ask(served, "x")[0] == 400
+        assert ask(served, "a", "x" * 3000)[0] == 400
+        assert ask(served, "a", "raise")[0] == 500
+        loaded(served, "a")
+        served.server.request_timeout = 0.3
+        assert served.chat("forever")[0] == 504
+        (served.at["a"] / "hold").touch()
+        busy = in_background(*[lambda i=i: ask(served, "a", headers={"X-Api-Key": "same"}) for i in range(2)])
+        until(lambda: served.models.running() == 2)
+        assert ask(served, "a", headers={"X-Api-Key": "same"})[0] == 429
+        (served.at["b"] / "fail").touch()
+        assert [ask(served, "b")[0], ask(served, "c")[0]] == [202, 409]
+        (served.at["a"] / "hold").unlink()
+        for thread in busy:
+            thread.join()
+        until(lambda: statuses(served)["b"] == "failed")
+        assert ask(served, "b")[0] == 503
+        assert healthz(served)["status"] == "degraded"
