@@ -537,11 +537,14 @@ class Catalog:
                 self.tell(str(self.root), str(error))
                 self.scanned = time.monotonic()
                 return
+        self.scanned = time.monotonic()
+        if found == self.found:
+            return
         names: dict[str, list[str]] = {}
         for model in found.values():
             for name in model.aliases():
                 names.setdefault(name, []).append(model.id)
-        self.found, self.names, self.scanned = found, names, time.monotonic()
+        self.found, self.names = found, names
 
     def in_folder(self, path: str, id: str) -> Iterator[Model]:
         """The models of one folder and, down to <org>/<repo>, of those in it."""

@@ -1189,7 +1189,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, payload: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
         if payload is None:
             return self.write(self.head(status, headers))
-        body = compact(payload)
+        body = payload if isinstance(payload, bytes) else compact(payload)
         head = self.head(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers])
         self.write(head if self.command == "HEAD" else head + body)
 
@@ -1254,8 +1254,12 @@ class Handler(BaseHTTPRequestHandler):
         }  # fmt: skip
 
     def get_models(self) -> None:
-        models = list(self.server.models.catalog.models().values())
-        self.reply(200, {"object": "list", "data": [self.model_card(model) for model in models]})
+        models, found = self.server.models, self.server.models.catalog.models()
+        now = (found, {id: models.status_of(life.model) for id, life in list(models.lives.items())}, dict(models.catalog.shown))
+        if self.server.listing[0] != now:  # thousands of models take milliseconds to write
+            data = [self.model_card(model) for model in found.values()]
+            self.server.listing = (now, compact({"object": "list", "data": data}))
+        self.reply(200, self.server.listing[1])
 
     def get_model(self, name: str) -> None:
         model = self.server.models.catalog.find(name)
@@ -1641,6 +1645,7 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.busy = Busy()
         self.ignored_seen: set[str] = set()
+        self.listing: tuple[Any, bytes] = (None, b"")  # of GET /v1/models: what it was made from, and its JSON
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
