@@ -262,7 +262,11 @@ RAW: dict[str, Any] = {"openvino": RawOpenVino, "llamacpp": RawLlamaCpp}
 def raw_worker(name: str, path: str, slots: int, threads: int, conn: Connection) -> None:
     engine = RAW[name](path, slots, threads)
     conn.send("ready")
-    while job := conn.recv():
+    while True:
+        try:
+            job = conn.recv()
+        except EOFError:
+            return
         prompts, tokens, ignore_eos = job
         first, last, count = [0.0] * len(prompts), [0.0] * len(prompts), 0
         gaps: list[float] = []
@@ -301,7 +305,10 @@ class Worker:
 
 def http_worker(url: str, extra: dict[str, Any], conn: Connection) -> None:
     while True:
-        streams, tokens, round_ = conn.recv()
+        try:
+            streams, tokens, round_ = conn.recv()
+        except EOFError:  # the run is over
+            return
         try:
             conn.send(http_round(url, streams, tokens, round_, extra))
         except (OSError, SystemExit) as error:
