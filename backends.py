@@ -763,76 +763,41 @@ def displaced(jobs: Iterable[Job], client: str) -> Job:
     return max(waiting, key=lambda job: (counts[job.client], job.number))
 
 
-class Engine:
-    """An engine process, and the jobs that run in it.
+class Jobs:
+    """What the server keeps of an engine, whichever kind it is: its jobs, and whether it lives.
 
-    `on_change(engine)` is called from the reader thread when the engine has become ready, has progressed, or is dead.
-    An engine that has jobs and is silent for `patience` seconds is killed. After death `dead` holds the reason, every job has had its EngineFailed, and submit() raises it for late-comers.
+    `on_change(self)` is called when it has become ready, has progressed, or is dead. After death `dead` holds the reason,
+    every job has had its EngineFailed, and late-comers get it from admit().
     """
 
-    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Engine], None]):
+    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
         self.spec, self.max_jobs, self.patience, self.on_change = spec, max_jobs, patience, on_change
         self.info: EngineInfo | None = None
-        self.progress = 0.0
+        self.progress = 0.0  # of loading, 0..1
         self.dead: str | None = None
-        self.heard = time.monotonic()  # when the engine last said anything
         self.jobs: dict[int, Job] = {}
         self.lock = threading.Lock()  # guards jobs and dead
         self.numbers = itertools.count()
-        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # pickled messages; None ends the writer
-        context = multiprocessing.get_context("spawn")
-        self.conn, child = context.Pipe()
-        self.process = context.Process(target=run_engine, args=(child, spec, log.getEffectiveLevel()), daemon=True)
-        self.process.start()
-        child.close()  # ours is the only other end now: its death is our EOF
-        self.gone = threading.Event()
-        self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
-        try:
-            self.reader.start()
-            for target in (self.write, self.watch):
-                threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
-        except RuntimeError:  # no more threads
-            self.process.kill()
-            raise
 
     @property
     def ready(self) -> bool:
         return self.info is not None and self.dead is None
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
-        """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients."""
-        return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
-
-    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
-        """One of CALLS; the job's only event is an Answer."""
-        return self.enter(client, 1, "call", name, arguments)
-
-    def enter(self, client: str, choices: int, kind: str, *arguments: Any) -> Job:
-        number = next(self.numbers)
-        try:
-            message = ForkingPickler.dumps((kind, number, *arguments))
-        except RecursionError:
-            raise Refused("The request is nested too deeply.") from None
+    def admit(self, job: Job) -> None:
+        """Raises EngineFailed, QueueFull."""
         loser = None
         with self.lock:
             if self.dead is not None:
                 raise EngineFailed(self.dead)
             if len(self.jobs) >= self.max_jobs:
-                loser = displaced(self.jobs.values(), client)
-            if not self.jobs:
-                self.heard = time.monotonic()  # it had nothing to say until now
-            job = self.jobs[number] = Job(self, number, choices, client)
+                loser = displaced(self.jobs.values(), job.client)
+            self.jobs[job.number] = job
         if loser:
             self.drop(loser)
             loser.events.put(QueueFull())
-        self.outbox.put(message)
-        return job
 
     def drop(self, job: Job) -> None:
-        with self.lock:
-            known = self.jobs.pop(job.number, None)
-        if known:
-            self.outbox.put(ForkingPickler.dumps(("cancel", job.number)))
+        raise NotImplementedError
 
     def queue_depth(self) -> int:
         """Jobs that wait for a slot."""
@@ -853,6 +818,56 @@ class Engine:
             if not self.jobs and self.dead is None:
                 self.dead = "the model has been unloaded"
             return not self.jobs
+
+
+class Engine(Jobs):
+    """An engine process, and the jobs that run in it. One that has jobs and is silent for `patience` seconds is killed."""
+
+    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
+        super().__init__(spec, max_jobs, patience, on_change)
+        self.heard = time.monotonic()  # when the engine last said anything
+        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # pickled messages; None ends the writer
+        context = multiprocessing.get_context("spawn")
+        self.conn, child = context.Pipe()
+        self.process = context.Process(target=run_engine, args=(child, spec, log.getEffectiveLevel()), daemon=True)
+        self.process.start()
+        child.close()  # ours is the only other end now: its death is our EOF
+        self.gone = threading.Event()
+        self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
+        try:
+            self.reader.start()
+            for target in (self.write, self.watch):
+                threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self.process.kill()
+            raise
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
+        """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients."""
+        return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
+
+    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
+        """One of CALLS; the job's only event is an Answer."""
+        return self.enter(client, 1, "call", name, arguments)
+
+    def enter(self, client: str, choices: int, kind: str, *arguments: Any) -> Job:
+        number = next(self.numbers)
+        try:
+            message = ForkingPickler.dumps((kind, number, *arguments))
+        except RecursionError:
+            raise Refused("The request is nested too deeply.") from None
+        if not self.jobs:
+            self.heard = time.monotonic()  # it had nothing to say until now
+        job = Job(self, number, choices, client)
+        self.admit(job)
+        self.outbox.put(message)
+        return job
+
+    def drop(self, job: Job) -> None:
+        with self.lock:
+            known = self.jobs.pop(job.number, None)
+        if known:
+            self.outbox.put(ForkingPickler.dumps(("cancel", job.number)))
 
     def write(self) -> None:
         """The only sender: a handler must not wait for an engine that is inside a long step."""

@@ -27,15 +27,13 @@ from backends import (
     EngineInfo,
     EngineSpec,
     Job,
+    Jobs,
     Prompt,
-    QueueFull,
     Refused,
     Sampling,
     Started,
     TokenLogprob,
-    Unloading,
     UpstreamFailed,
-    displaced,
     log,
 )
 
@@ -99,46 +97,27 @@ class Slots:
             self.turn.notify_all()
 
 
-class Upstream:
-    """Another server as an engine; `spec.path` is its URL. Told by on_change: ready once it lists a model, dead when it has gone."""
+class Upstream(Jobs):
+    """Another server as an engine; `spec.path` is its URL. It is ready once it lists a model, and dead when it has gone."""
 
     def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
-        self.spec, self.max_jobs, self.patience, self.on_change = spec, max_jobs, patience, on_change
+        super().__init__(spec, max_jobs, patience, on_change)
         url = urlsplit(spec.path)
         self.secure, self.host, self.port = url.scheme == "https", url.hostname or "localhost", url.port
         self.base = url.path.rstrip("/").removesuffix("/v1") + "/v1"
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {spec.key}"} if spec.key else {})
-        self.info: EngineInfo | None = None
-        self.dead: str | None = None
-        self.progress = 0.0
-        self.jobs: dict[int, UpstreamJob] = {}
-        self.lock = threading.Lock()  # guards jobs, dead and idle
-        self.numbers = itertools.count()
         self.slots = Slots(spec.slots)
-        self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)
+        self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)  # under the lock
         self.gone = threading.Event()
         threading.Thread(target=self.watch, name="upstream-watch", daemon=True).start()
 
     # ── the face of an engine ──
 
-    @property
-    def ready(self) -> bool:
-        return self.info is not None and self.dead is None
-
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
         assert self.info is not None
         path, body = request_body(prompts, sampling, self.info.model)
-        loser = None
-        with self.lock:
-            if self.dead is not None:
-                raise EngineFailed(self.dead)
-            if len(self.jobs) >= self.max_jobs:
-                loser = displaced(self.jobs.values(), client)
-            number = next(self.numbers)
-            job = self.jobs[number] = UpstreamJob(self, number, len(prompts) * sampling.n, client)
-        if loser:
-            self.drop(loser)
-            loser.events.put(QueueFull())
+        job = UpstreamJob(self, next(self.numbers), len(prompts) * sampling.n, client)
+        self.admit(job)
         data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         threading.Thread(target=self.run, args=(job, path, data, sampling), name="upstream-job", daemon=True).start()
         return job
@@ -149,26 +128,9 @@ class Upstream:
     def drop(self, job: Job) -> None:
         with self.lock:
             known = self.jobs.pop(job.number, None)
-        if known:
+        if isinstance(known, UpstreamJob):
             known.hang_up()
             self.slots.wake()
-
-    def queue_depth(self) -> int:
-        with self.lock:
-            return sum(not job.running for job in self.jobs.values())
-
-    def drop_waiting(self, name: str) -> None:
-        with self.lock:
-            waiting = [job for job in self.jobs.values() if not job.running]
-        for job in waiting:
-            self.drop(job)
-            job.events.put(Unloading(name))
-
-    def retire(self) -> bool:
-        with self.lock:
-            if not self.jobs and self.dead is None:
-                self.dead = "the model has been unloaded"
-            return not self.jobs
 
     def check_silence(self, limit: float) -> None:
         """Its silence is its own: the request gets its 504."""
@@ -181,8 +143,7 @@ class Upstream:
         with self.lock:
             jobs = list(self.jobs.values())
         for job in jobs:
-            job.hang_up()
-        self.slots.wake()
+            self.drop(job)
         while self.idle:
             self.idle.pop().close()
 
