@@ -1765,11 +1765,8 @@ def listening(server: Server) -> str:
     url = f"http://{'localhost' if host in ('0.0.0.0', '::', '127.0.0.1') else host}:{port}"
     stream = ',"stream":false' if server.profile.stream else ""
     names = list(server.models.catalog.models().values())
-    model = (
-        f'"model":"{server.models.catalog.public(names[0])}",'
-        if len(names) > 1 or server.models.limits.absent == "refuse"
-        else ""
-    )
+    asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
+    model = f'"model":"{server.models.catalog.public(names[0])}",' if asked else ""
     return f"""\
   listening on {url}  (OpenAI base_url: {url}/v1)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -291,3 +292,18 @@ def test_one_log_line_per_request(command):
     assert re.search(
         r"200 chatcmpl-\w+ model='\S+' prompt=\d+ completion=4 cached=\S+ ttft=\d+ms tokens/s=[\d.]+ finish=length", line
     )
+
+
+def test_a_folder_without_a_model_yet(tmp_path, demo):
+    """It starts, says so, and serves what is put there."""
+    (tmp_path / "models").mkdir()
+    server = Command("--profile", "osaurus", "--backend", "openvino", cwd=tmp_path)
+    try:
+        assert "no model yet" in server.banner
+        assert health(server.url.rsplit(":", 1)[1]) == 0
+        shutil.copy(demo.path, tmp_path / "models" / "new.gguf")
+        until(lambda: b'"new"' in urllib.request.urlopen(server.url + "/models").read())
+        reply = ask(server.url, model="new", max_tokens=3)
+        assert reply.status == 200 and json.load(reply)["model"] == "new"
+    finally:
+        server.end()
