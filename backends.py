@@ -155,14 +155,6 @@ class EngineFailed(Exception):
     """The engine broke under this request, or died (HTTP 500)."""
 
 
-class UpstreamFailed(EngineFailed):
-    """An upstream server did not answer as it should, with the HTTP status that tells our client so."""
-
-    def __init__(self, message: str, status: int = 502, retry_after: str | None = None):
-        super().__init__(message)
-        self.status, self.retry_after = status, retry_after
-
-
 class Unloading(EngineFailed):
     """The model `current` leaves memory before the job has got a slot."""
 
@@ -799,6 +791,12 @@ class Jobs:
     def drop(self, job: Job) -> None:
         raise NotImplementedError
 
+    def tell(self) -> None:
+        try:
+            self.on_change(self)
+        except Exception:  # whatever the listener does, the reader reads on
+            log.exception("engine listener")
+
     def queue_depth(self) -> int:
         """Jobs that wait for a slot."""
         with self.lock:
@@ -914,12 +912,6 @@ class Engine(Jobs):
     def watch(self) -> None:
         while not self.gone.wait(1):
             self.check_silence(self.patience + 1)
-
-    def tell(self) -> None:
-        try:
-            self.on_change(self)
-        except Exception:  # whatever the listener does, the reader reads on
-            log.exception("engine listener")
 
     def check_silence(self, limit: float) -> None:
         """An engine that has work and has said nothing for so long hangs; a living one says something every second."""

@@ -1,4 +1,4 @@
-"""The command line, which model is served, and whether it is in memory.
+"""The command line and its profiles, which models there are, and which of them are in memory.
 
 `add_args(parser)` and `init(args)` compose into any script, as exllamav3's own model_init has them. Standard library only:
 a library is looked up here, but imported in the engine process alone.
@@ -347,6 +347,8 @@ def upstream_model(args: argparse.Namespace) -> Model:
     for flag in ("model_dir", "models_dir", "chat_template", "cache_size", "length", "record", "embeddings"):
         if getattr(args, flag, None):
             raise UsageError(f"--{flag.replace('_', '-')} has no meaning with --upstream: that server has its own")
+    if profile_of(args).top_k and "extensions" in LACKS["openai" if args.backend == "auto" else args.backend]:
+        raise UsageError("such an upstream has no top_k: add --default-top-k 0, or take --backend vllm")
     return Model(url.netloc.rpartition("@")[2], Path(url.netloc), "upstream", int(time.time()))
 
 

@@ -57,7 +57,6 @@ from backends import (
     Started,
     TokenLogprob,
     Unloading,
-    UpstreamFailed,
     log,
 )
 from constraints import (
@@ -83,6 +82,7 @@ from model_init import (
     UnknownModel,
     UsageError,
 )
+from upstream import UpstreamFailed
 
 VERSION = "0.1.0"
 

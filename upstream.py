@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from backends import (
+    UPSTREAMS,
     Delta,
     EngineFailed,
     EngineInfo,
@@ -33,12 +34,19 @@ from backends import (
     Sampling,
     Started,
     TokenLogprob,
-    UpstreamFailed,
     log,
 )
 
 POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
+
+
+class UpstreamFailed(EngineFailed):
+    """An upstream server did not answer as it should, with the HTTP status that tells our client so."""
+
+    def __init__(self, message: str, status: int = 502, retry_after: str | None = None):
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
 
 
 class UpstreamJob(Job):
@@ -116,10 +124,19 @@ class Upstream(Jobs):
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
         assert self.info is not None
         path, body = request_body(prompts, sampling, self.info.model)
+        if "extensions" in UPSTREAMS[self.spec.backend]:
+            body.pop("top_k", None)  # only its neutral values have come so far, and they too are beyond OpenAI's
+        try:
+            data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        except RecursionError:
+            raise Refused("The request is nested too deeply.") from None
         job = UpstreamJob(self, next(self.numbers), len(prompts) * sampling.n, client)
         self.admit(job)
-        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        threading.Thread(target=self.run, args=(job, path, data, sampling), name="upstream-job", daemon=True).start()
+        try:
+            threading.Thread(target=self.run, args=(job, path, data, sampling), name="upstream-job", daemon=True).start()
+        except RuntimeError:  # no more threads: the job's place must not stay taken
+            self.drop(job)
+            raise
         return job
 
     def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
@@ -180,13 +197,13 @@ class Upstream(Jobs):
             self.spec.backend, library, self.spec.slots, 0, int(card.get("max_model_len") or 0), 0, f"fp_{mark}", model=str(card["id"])
         )  # fmt: skip
         self.progress = 1.0
-        self.on_change(self)
+        self.tell()
 
     def die(self, reason: str) -> None:
         with self.lock:
             self.dead = reason
         self.gone.set()
-        self.on_change(self)
+        self.tell()
 
     # ── one job ──
 
@@ -321,9 +338,8 @@ class Answer:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         now = time.monotonic()
         self.job.events.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
-        tokens = int(
-            usage.get("completion_tokens", self.pieces)
-        )  # one that counts nothing: a piece is a token, as near as it gets
+        # Where the upstream counts nothing, a piece is a token, as near as it gets.
+        tokens = int(usage.get("completion_tokens", self.pieces))
         for index, finish in self.finish.items():
             self.job.events.put(Delta(index, "", tokens, finish, (), now))
             tokens = 0

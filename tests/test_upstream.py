@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 from conftest import serve_scripted, serve_upstream, sse, until
-from test_cli import SCRIPT, Command, one_line, run
+from test_cli import Command, one_line, run
 
-from backends import missing_library
+from backends import Prompt, Refused, Sampling, missing_library
 
 LIST = {"object": "list", "data": [{"id": "far/model", "object": "model", "max_model_len": 500}]}
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -131,6 +131,24 @@ def test_what_is_sent(front, far):
     assert far.bodies[-1] | {"prompt": ["a", "b"], "logprobs": 2, "echo": True, "max_tokens": 16} == far.bodies[-1]
     front.chat("Hello", structured_outputs={"choice": ["yes", "no"]})
     assert "root ::=" in far.bodies[-1]["structured_outputs"]["grammar"]
+
+
+def test_a_job_that_cannot_start_leaves_no_place_taken(front, far, monkeypatch):
+    def no_more(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    engine = front.models.engine
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(RuntimeError):
+            engine.submit([Prompt(text="x")], Sampling())
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    with pytest.raises(Refused):
+        engine.submit([Prompt(messages=({"role": "user", "content": "x"},), template_kwargs=deep)], Sampling())
+    assert not engine.jobs
+    assert front.chat("Hello")[0] == 200
 
 
 def test_a_constraint_that_the_upstream_ignores_is_not_called_finished(front, far):
@@ -275,6 +293,7 @@ def test_what_is_not_known_to_be_honoured_is_refused(far, backend):
             assert (status, body["error"]["param"]) == (400, name)
         assert not far.bodies
         assert served.chat("Hello", logit_bias={"5": 1}, top_k=0, response_format={"type": "text"}, seed=4, n=1)[0] == 200
+        assert "top_k" not in far.bodies[-1] and far.bodies[-1]["seed"] == 4
 
 
 def test_the_key_is_sent(far, monkeypatch):
@@ -299,12 +318,12 @@ def test_the_key_is_sent(far, monkeypatch):
         (["--upstream", "http://x", "-m", "y"], "--model-dir has no meaning"),
         (["--upstream", "http://x", "--record", "y"], "--record has no meaning"),
         (["--upstream", "http://x", "--upstream-key-env", "NO_SUCH"], "NO_SUCH"),
+        (["--upstream", "http://x", "--profile", "metallama"], "--default-top-k 0"),
     ],
 )
 def test_wrong_command_lines(args, words):
     done = run(*args)
     assert done.returncode == 2 and words in one_line(done.stderr)
-    assert SCRIPT
 
 
 def test_a_scripted_engine_behind_that_dies(tmp_path):
