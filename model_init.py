@@ -23,19 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from backends import (
-    BACKENDS,
-    LACKS,
-    UPSTREAMS,
-    Engine,
-    EngineFailed,
-    EngineSpec,
-    Job,
-    QueueFull,
-    log,
-    missing_library,
-    read_gguf,
-)
+from backends import BACKENDS, LACKS, missing_library, read_gguf
+from engine import UPSTREAMS, Engine, EngineFailed, EngineSpec, Job, QueueFull, log
 from upstream import Upstream
 
 

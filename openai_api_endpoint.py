@@ -5,7 +5,7 @@
 """Serve a local language model over the OpenAI API:  python openai_api_endpoint.py --model-dir X --port 9999
 
 The law: one engine process per loaded model; in it, one thread is the only one that ever touches the native library;
-a producer never waits for a consumer. (backends.py draws the engine's side.)
+a producer never waits for a consumer. (engine.py draws the engine's side.)
 
 This module owns HTTP, JSON, SSE and the OpenAI schema. The main thread only accepts; each connection has a thread of its own:
   ROUTES -> body -> read_fields -> Prompt + Sampling -> models.submit -> Job -> events -> JSON or SSE -> socket
@@ -41,8 +41,18 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import model_init
-from backends import (
-    LACKS,
+from backends import LACKS
+from constraints import (
+    Unsupported,
+    choice_grammar,
+    object_grammar,
+    own_grammar,
+    regex_grammar,
+    regex_matches,
+    schema_grammar,
+    violation,
+)
+from engine import (
     LOG_FORMAT,
     Answer,
     Delta,
@@ -58,16 +68,6 @@ from backends import (
     TokenLogprob,
     Unloading,
     log,
-)
-from constraints import (
-    Unsupported,
-    choice_grammar,
-    object_grammar,
-    own_grammar,
-    regex_grammar,
-    regex_matches,
-    schema_grammar,
-    violation,
 )
 from model_init import (
     RETRY_S,

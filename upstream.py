@@ -1,6 +1,6 @@
 """An engine that is another server: vLLM, TensorRT-LLM, or anything that speaks the OpenAI API.
 
-Upstream has the face of backends.Engine, so that everything above it is the same; it lives in the server process, since
+Upstream has the face of engine.Engine, so that everything above it is the same; it lives in the server process, since
 there is no native library to keep away. One thread per running job reads the upstream's events and never waits for the
 client; closing the connection is how a job is cancelled, there as here. Nothing is sent again once a byte has come back.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from backends import (
+from engine import (
     UPSTREAMS,
     Delta,
     EngineFailed,

@@ -15,7 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model_init  # noqa: E402
 import openai_api_endpoint as endpoint  # noqa: E402
-from backends import EngineSpec, missing_library  # noqa: E402
+from backends import missing_library  # noqa: E402
+from engine import EngineSpec  # noqa: E402
 
 
 class Served:

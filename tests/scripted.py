@@ -3,7 +3,7 @@
 import os
 import time
 
-from backends import Step
+from engine import Step
 
 CONTEXT, EOS = 2000, 0
 

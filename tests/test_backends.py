@@ -9,7 +9,8 @@ import pytest
 from conftest import serve_one
 
 import model_init
-from backends import EngineSpec, missing_library
+from backends import missing_library
+from engine import EngineSpec
 
 QUESTION = "What is the capital of France?"
 STORY = "Write a long story about a lighthouse."

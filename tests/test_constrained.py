@@ -10,7 +10,8 @@ import pytest
 from conftest import serve_one
 from test_constraints import SCHEMAS
 
-from backends import EngineSpec, missing_library
+from backends import missing_library
+from engine import EngineSpec
 
 QUESTION = "Invent a person and answer in JSON."
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import cancelled_at, until
 
-from backends import Delta, Engine, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
+from engine import Delta, Engine, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
 
 
 def prompt(text):

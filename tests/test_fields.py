@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from backends import Sampling
+from engine import Sampling
 from openai_api_endpoint import (
     ALIASES,
     BODIES,

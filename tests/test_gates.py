@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from backends import Choice, Request, Sampling, Step, StopGate
+from engine import Choice, Request, Sampling, Step, StopGate
 
 CASES = [  # text, stops, what is shown
     ("hello world", (), "hello world"),

@@ -269,7 +269,7 @@ def test_fingerprint_tells_settings_apart(served):
         return
     from dataclasses import replace
 
-    from backends import fingerprint
+    from engine import fingerprint
 
     spec, info = served.models.engine.spec, served.models.engine.info
     assert chat(served)["system_fingerprint"] == info.fingerprint

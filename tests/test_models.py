@@ -15,7 +15,7 @@ from conftest import serve, serve_many, sse, until
 
 import model_init
 import openai_api_endpoint as endpoint
-from backends import EngineSpec
+from engine import EngineSpec
 from model_init import COMPLETE, PROFILES, Catalog, Life, Model, UsageError, choose_backend
 
 IR = [group[0] for group in COMPLETE["openvino"]]

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import serve_one
 
-from backends import EngineSpec, missing_library
+from backends import missing_library
+from engine import EngineSpec
 
 # In a process of its own: the library's logits for every position of a list of token ids.
 BARE = """

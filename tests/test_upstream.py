@@ -14,7 +14,8 @@ import pytest
 from conftest import serve_scripted, serve_upstream, sse, until
 from test_cli import Command, one_line, run
 
-from backends import Prompt, Refused, Sampling, missing_library
+from backends import missing_library
+from engine import Prompt, Refused, Sampling
 
 LIST = {"object": "list", "data": [{"id": "far/model", "object": "model", "max_model_len": 500}]}
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"

@@ -1,6 +1,6 @@
 """Replies, chunks and errors, to the byte."""
 
-from backends import Delta, EngineFailed, QueueFull, Refused, Started, TokenLogprob
+from engine import Delta, EngineFailed, QueueFull, Refused, Started, TokenLogprob
 from openai_api_endpoint import (
     CHAT_SHAPE,
     TEXT_SHAPE,

@@ -1,0 +1,948 @@
+"""Engines: what crosses the pipe, the loop in the engine process, its handle in the server. Nothing here knows HTTP.
+
+The law: one engine process per loaded model; in it, one thread is the only one that ever touches the native library;
+a producer never waits for a consumer.
+
+Server process                                   Engine process (spawned, one per loaded model)
+  handler threads: Engine.submit() -> Job          run_engine: EngineLoop over one Backend
+  writer thread:   outbox ──── pipe ────────────►    receive() -> admit() -> step() -> one message of events
+  reader thread:   Job.events ◄──── pipe ────────┘   EOF on the pipe is how either side learns of the other's death
+"""
+
+from __future__ import annotations
+
+import codecs
+import gc
+import hashlib
+import importlib
+import itertools
+import logging
+import multiprocessing
+import os
+import pickle
+import queue
+import random
+import select
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+log = logging.getLogger("openai_api_endpoint")
+
+# ───────────────────────────────────────────── what crosses the pipe ─────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to complete: chat messages for the model's template, or text, or token ids; exactly one of the three."""
+
+    messages: tuple[dict[str, Any], ...] | None = None  # [{role, content: str, ...}]
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    generation_prompt: bool = True  # end with the beginning of an assistant message
+    continue_final: bool = False  # end inside the last message, for the model to go on
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables for the template
+    details: bool = False  # Details are wanted
+
+    def least_tokens(self) -> int:
+        """Taken for a lower bound before the prompt costs anything. Text of over 32 characters per token is not text."""
+        if self.messages is not None:
+            return max(len(self.messages), sum(len(m["content"]) for m in self.messages) // 32)
+        return len(self.tokens) if self.tokens is not None else len(self.text or "") // 32
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. None means: the model's own generation_config, else FALLBACK. top_k 0 is off."""
+
+    max_tokens: int | None = None  # None: what the context has left after the prompt; 0 only with echo
+    cut: bool = False  # max_tokens is a default: cut down to what the context has left, instead of refused
+    temperature: float | None = None  # 0 is greedy
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0  # over the completion so far
+    frequency_penalty: float = 0.0  # over the completion so far
+    repetition_penalty: float = 1.0  # over prompt and completion
+    seed: int | None = None  # choice i of a request uses seed + i
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # until then no EOS is sampled, and nothing ends the completion
+    ignore_eos: bool = False
+    n: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100..100); -100 bans
+    logprobs: int | None = None  # log-softmax of the raw logits, with so many alternatives; None: not wanted
+    echo: bool = False  # the prompt comes first, with logprobs of its own where they are wanted
+    grammar: str | None = None  # GBNF that the completion must follow
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
+
+
+MANY_PROMPTS = 8  # in one request; more are read one by one between steps
+FALLBACK = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}  # where neither the request nor the model says
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The engine has taken the request: the first event of every job that is not refused."""
+
+    prompt_tokens: int
+    cached_tokens: int | None  # None: this engine cannot tell, and we do not guess
+    at: float = 0.0  # seconds on the engine's monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What the model is really given: the prompt after its template, its token ids, the sampling with every default filled in."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+    sampling: dict[str, Any]
+
+
+class TokenLogprob(NamedTuple):
+    """One token's log probability under the raw logits, and the best alternatives as (bytes, logprob)."""
+
+    data: bytes  # UTF-8, maybe half a character
+    logprob: float | None  # None: a prompt's first token has none
+    top: tuple[tuple[bytes, float], ...] = ()
+    shown: bool = True  # False: it ended the completion, and is not part of its text
+
+
+class Delta(NamedTuple):  # the one that crosses for every token: a tuple is pickled in C, a slotted dataclass in Python
+    """What one step added to one choice. `text` may be empty: half a character, or the beginning of a stop string."""
+
+    choice: int
+    text: str
+    tokens: int
+    finish: str | None = None  # "stop" | "length", set on a choice's last delta
+    logprobs: tuple[TokenLogprob, ...] = ()
+    at: float = 0.0  # seconds on the engine's monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The one event of a call that generates nothing: tokens, text or embeddings."""
+
+    value: Any
+
+
+class Refused(Exception):
+    """This model can never serve this request; the client is told why (HTTP 400)."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message, param, code)  # all of them in args, or it would not survive the pipe
+        self.message, self.param, self.code = message, param, code
+
+
+class EngineFailed(Exception):
+    """The engine broke under this request, or died (HTTP 500)."""
+
+
+class Unloading(EngineFailed):
+    """The model `current` leaves memory before the job has got a slot."""
+
+    def __init__(self, current: str):
+        super().__init__(f"{current} is being unloaded")
+        self.current = current
+
+
+class QueueFull(Exception):
+    """All slots are busy and the queue is full (HTTP 429)."""
+
+
+Event = Started | Details | Delta | Answer | Refused | EngineFailed | QueueFull
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that an engine process needs to load a model."""
+
+    backend: str
+    path: str
+    slots: int = 8  # sequences decoded in one batch
+    threads: int = 0  # 0: one per physical core
+    cache_tokens: int | None = None  # KV cache over all slots; None: default_cache_tokens()
+    chat_template: str | None = None  # Jinja source that takes the place of the model's own
+    embeddings: bool = False  # also load what is needed for embeddings
+    length: int | None = None  # most tokens that a request may use; None: what the model and the cache allow
+    key: str = field(default="", repr=False)  # of an upstream
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine turned out to be, once loaded."""
+
+    backend: str
+    library: str  # name and version
+    slots: int
+    threads: int
+    context: int  # tokens one request may use, prompt and completion together
+    cache_tokens: int
+    fingerprint: str  # changes with weights, library and batch settings
+    tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
+    model: str = ""  # an upstream's name for what it serves
+
+
+# ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
+
+
+class Scored(NamedTuple):
+    """A token's log probability, and the best alternatives as (token id, logprob)."""
+
+    logprob: float | None
+    top: Sequence[tuple[int, float]] = ()
+
+
+class Step(NamedTuple):
+    """What a step brought one sequence."""
+
+    seq: int
+    tokens: Sequence[int]
+    logprobs: Sequence[Scored] = ()  # one for each token, where wanted
+    scores: Sequence[Scored] = ()  # one for each prompt token, with the first of `tokens`, where wanted
+    refused: Refused | None = None  # the sequence cannot go on: its job is told so, and ends
+
+
+class Template(Protocol):
+    """A model's chat template: raises Refused for messages that it cannot render."""
+
+    source: str | None
+    tokens: dict[str, str]  # bos_token, eos_token
+
+    def render(self, prompt: Prompt) -> str: ...
+
+
+class Backend(Protocol):
+    """A binding to one library. Constructed, used and closed by one thread of the engine process.
+
+    `start` takes the token ids of a prompt and returns (seq, tokens found in the KV cache, or None when unknown);
+    `step` advances every started sequence as far as one batch goes and returns the new token ids of each;
+    `cancel` frees a sequence's slot, also of one that has ended. Which tokens end a completion, what text they are
+    and how many may come is the loop's business. A binding may stop a sequence by itself, never emit past the end.
+    """
+
+    LIBRARY: ClassVar[str]  # the module to import
+    INSTALL: ClassVar[str]  # what `pip install` brings it
+    LACKS: ClassVar[frozenset[str]]  # names out of FEATURES
+    library: str  # what was imported, with its version
+    slots: int
+    threads: int
+    context: int
+    cache_tokens: int
+    vocabulary: int  # token ids are below it
+    bos: int  # -1: none
+    eos: frozenset[int]
+    defaults: dict[str, float]  # the model's own sampling
+
+    @property
+    def template(self) -> Template: ...
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]): ...  # loads; progress is 0..1
+    def tokenize(self, text: str, add_special: bool) -> list[int]: ...  # special tokens in the text are always read as such
+    def piece(self, token: int, special: bool) -> bytes: ...  # UTF-8; special tokens are empty unless `special`
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]: ...
+    def step(self) -> Iterable[Step]: ...
+    def cancel(self, seq: int) -> None: ...
+    def embed(self, ids: list[int]) -> Iterator[list[float]]: ...  # in pieces; what comes last is the vector
+    def close(self) -> None: ...
+
+
+FEATURES = {  # what an engine may lack → what it is, for the 400
+    "logit_bias": "a bias on logits",
+    "top_logprobs": "log probabilities of alternatives",
+    "scores": "log probabilities of the prompt",
+    "embeddings": "embeddings",
+    "extensions": "sampling beyond OpenAI's",
+    "constraints": "structured output",
+    "template": "control over the chat template",
+    "inside": "a look at prompt and tokens",
+}
+BEYOND_OPENAI = frozenset(FEATURES) - {"logit_bias", "top_logprobs"}
+UPSTREAMS = {  # other servers as engines → what of FEATURES they lack; what is not known to be honoured there is refused here
+    "vllm": frozenset({"embeddings", "inside"}),
+    "tensorrt_llm": BEYOND_OPENAI,
+    "openai": BEYOND_OPENAI,
+}
+
+
+# ─────────────────────────────────────────── text: stop strings, half characters ─────────────────────────────────
+
+
+class StopGate:
+    """Push parser that lets text through up to a stop string, and holds what may be the beginning of one.
+
+    The stop string that is complete first wins, and of those that end together the longest, so that the result does
+    not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = stops
+        self.heads = {s[0] for s in stops}
+        self.reach = max(map(len, stops), default=1) - 1
+        self.held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Returns (text that is safe to show, whether a stop string was met). Feed nothing after a hit."""
+        if not self.stops:
+            return text, False
+        text = self.held + text
+        hits = [(at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0]
+        if hits:
+            self.held = ""
+            return text[: min(hits)[1]], True
+        cut = len(text)
+        for at in range(max(0, len(text) - self.reach), len(text)):
+            if text[at] in self.heads and any(s.startswith(text[at:]) for s in self.stops):
+                cut = at
+                break
+        self.held = text[cut:]
+        return text[:cut], False
+
+    def flush(self) -> str:
+        """What was held, once no more text can come."""
+        held, self.held = self.held, ""
+        return held
+
+
+class Choice:
+    """One choice of a request while it is generated: steps in, deltas out. The only place that ends one."""
+
+    def __init__(self, request: Request, index: int):
+        self.request, self.index = request, index
+        sampling = request.sampling
+        self.gate = StopGate(sampling.stop)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else request.eos)
+        self.taken = 0
+
+    def take(self, step: Step, backend: Backend) -> Delta:
+        sampling = self.request.sampling
+        text, finish, count = "", None, 0
+        logprobs: list[TokenLogprob] = []
+        if self.taken == 0 and sampling.echo:
+            text, logprobs = self.request.text, self.prompt_logprobs(step.scores, backend)
+        for i, token in enumerate(step.tokens):
+            if finish or self.taken >= (sampling.max_tokens or 0):
+                break
+            count += 1
+            self.taken += 1
+            may_end = self.taken > sampling.min_tokens
+            ended = may_end and token in self.ends
+            if step.logprobs:
+                shown = not ended and bool(backend.piece(token, False))  # special tokens are no text
+                logprobs.append(named(token, step.logprobs[i], backend, shown))
+            if ended:
+                finish, text = "stop" if token in self.request.eos else "cut", text + self.rest()
+                break
+            piece = self.utf8.decode(backend.piece(token, False))
+            safe, hit = self.gate.feed(piece) if may_end else (piece, False)
+            text += safe
+            finish = "cut" if hit else None
+        if not finish and self.taken >= (sampling.max_tokens or 0):
+            finish, text = "length", text + self.rest()
+        return Delta(self.index, text, count, finish, tuple(logprobs), time.monotonic())
+
+    def rest(self) -> str:
+        """What is left in the decoder and behind the gate when no more tokens come."""
+        tail, hit = self.gate.feed(self.utf8.decode(b"", final=True))
+        return tail if hit else tail + self.gate.flush()
+
+    def prompt_logprobs(self, scores: Sequence[Scored], backend: Backend) -> list[TokenLogprob]:
+        ids = self.request.ids[self.request.hidden :]
+        return [named(token, score, backend) for token, score in zip(ids, scores[self.request.hidden :], strict=False)]
+
+
+def named(token: int, score: Scored, backend: Backend, shown: bool = True) -> TokenLogprob:
+    top = tuple((backend.piece(other, True), logprob) for other, logprob in score.top)
+    return TokenLogprob(backend.piece(token, True), score.logprob, top, shown)
+
+
+# ──────────────────────────────────────────────── in the engine process ──────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt of a job inside the engine: its choices run as sequences of their own."""
+
+    job: int
+    client: str  # who asks, for fairness
+    text: str
+    ids: list[int]
+    hidden: int  # tokens at the beginning that the tokenizer added, and the client did not send
+    sampling: Sampling
+    eos: frozenset[int]
+    siblings: list[Choice] = field(default_factory=list)  # held back until the first choice's prefill can be reused
+
+
+class EngineLoop:
+    """receive, admit, step: the life of an engine. Owns all sequence state; only its thread calls the backend."""
+
+    def __init__(self, conn: Connection, backend: Backend):
+        self.conn, self.backend = conn, backend
+        self.waiting: deque[Choice] = deque()
+        self.active: dict[int, Choice] = {}  # by seq
+        self.turns: dict[str, int] = {}  # when each client last got a slot
+        self.clock = itertools.count(1)
+        self.calls: deque[tuple[int, Iterator[Any]]] = deque()  # one piece of one call between two steps
+        self.out: list[tuple[int, Event]] = []
+        self.spoke = 0.0  # when the last message was sent
+        self.inbox = select.poll()  # conn.poll() makes one of these for every call
+        self.inbox.register(conn.fileno(), select.POLLIN)
+        self.dispatch: dict[str, Callable[..., None]] = {"submit": self.submit, "call": self.call, "cancel": self.cancel}
+
+    def run(self) -> None:
+        """Until the server closes the pipe. An error in step() leaves the library in an unknown state: it ends the process."""
+        try:
+            while self.receive():
+                self.admit()
+                self.advance_call()
+                self.flush()  # what was taken or refused is told before a step, which may be long
+                self.step()
+                self.flush()
+        except (EOFError, OSError):
+            pass  # the server is gone, or has closed us
+
+    def flush(self) -> None:
+        """One message per step; without news one a second, so that a long prefill is not taken for a hang."""
+        now = time.monotonic()
+        if self.out or now - self.spoke > 1:
+            self.conn.send_bytes(pickle.dumps(("events", self.out), pickle.HIGHEST_PROTOCOL))  # a third of what conn.send takes
+            self.out, self.spoke = [], now
+
+    def receive(self) -> bool:
+        """Take what has come; block only when there is nothing else to do."""
+        idle = not self.active and not self.waiting and not self.calls
+        while idle or self.inbox.poll(0):
+            kind, *arguments = self.conn.recv()
+            if kind == "close":
+                return False
+            self.dispatch[kind](*arguments)
+            idle = False
+        return True
+
+    def guarded(self, job: int, what: str, action: Callable[[], Any]) -> Any:
+        """An error here is this job's own: it is told, and None returned."""
+        try:
+            return action()
+        except Refused as refusal:
+            self.cancel(job)
+            self.out.append((job, refusal))
+        except Exception as error:
+            log.exception("engine: could not %s job %d", what, job)
+            self.cancel(job)
+            self.out.append((job, EngineFailed(f"the engine could not {what} the request: {one_line(error)}")))
+        return None
+
+    # ── jobs that generate ──
+
+    def submit(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> None:
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=random.getrandbits(32))  # one for the whole job: a record of it runs again
+        if len(prompts) > MANY_PROMPTS:
+            self.calls.append((job, self.read_many(job, prompts, sampling, client)))
+            return
+        requests = self.guarded(job, "read", lambda: [self.prepare(job, prompt, sampling, client) for prompt in prompts])
+        self.enqueue(job, prompts, sampling, requests or [])
+
+    def read_many(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> Iterator[None]:
+        """One prompt between two steps: to tokenize hundreds takes seconds."""
+        requests = []
+        for prompt in prompts:
+            requests.append(self.prepare(job, prompt, sampling, client))
+            yield None
+        self.enqueue(job, prompts, sampling, requests)
+
+    def enqueue(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, requests: list[Request]) -> None:
+        for at, request in enumerate(requests):
+            first, *request.siblings = [Choice(request, at * sampling.n + i) for i in range(sampling.n)]
+            self.waiting.append(first)
+            if prompts[at].details:
+                self.out.append((job, Details(request.text, request.ids, asdict(request.sampling))))
+
+    def prepare(self, job: int, prompt: Prompt, sampling: Sampling, client: str) -> Request:
+        """Token ids, and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
+        context = self.backend.context
+        if prompt.least_tokens() > context:
+            raise too_long("the prompt", "is far longer than", context)
+        text, ids, hidden = encode(self.backend, prompt)
+        room = context - len(ids)
+        if not ids:
+            raise Refused("The prompt is empty.", "prompt")
+        if room < (sampling.max_tokens != 0):
+            raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
+        if sampling.max_tokens is not None and sampling.max_tokens > room and not sampling.cut:
+            asked = f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they"
+            raise too_long(asked, "exceed", context)
+        for token, _ in sampling.logit_bias:
+            if token >= self.backend.vocabulary:
+                raise Refused(
+                    f"'logit_bias' names token {token}, but the ids end at {self.backend.vocabulary - 1}.", "logit_bias"
+                )
+        defaults = FALLBACK | self.backend.defaults
+        sampling = replace(
+            sampling,
+            cut=False,
+            max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
+        )
+        return Request(job, client, text, ids, hidden, sampling, self.backend.eos)
+
+    def next_waiting(self) -> Choice:
+        """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""
+        running = Counter(choice.request.client for choice in self.active.values())
+        choice = min(self.waiting, key=lambda c: (running[c.request.client], self.turns.get(c.request.client, 0)))
+        self.waiting.remove(choice)
+        if len(self.turns) > 10_000:
+            self.turns.clear()
+        self.turns[choice.request.client] = next(self.clock)
+        return choice
+
+    def admit(self) -> None:
+        while self.waiting and len(self.active) < self.backend.slots:
+            choice = self.next_waiting()
+            request, sampling = choice.request, choice.request.sampling
+            assert sampling.seed is not None
+            if sampling.max_tokens == 0 and not sampling.scores_prompt:  # a mere echo needs no engine
+                self.out.append((request.job, Started(len(request.ids), 0, time.monotonic())))
+                self.emit(choice, Step(-1, ()))
+                continue
+            # 2**32 - 1 is llama.cpp's word for "any seed"
+            own = replace(sampling, seed=(sampling.seed + choice.index) % (2**32 - 1), n=1)
+            started = self.guarded(request.job, "start", lambda: self.backend.start(request.ids, own))  # noqa: B023
+            if started is None:
+                continue
+            seq, cached = started
+            self.active[seq] = choice
+            if choice.index % sampling.n == 0:
+                self.out.append((request.job, Started(len(request.ids), cached, time.monotonic())))
+
+    def step(self) -> None:
+        if not self.active:
+            return
+        for step in self.backend.step():
+            choice = self.active.get(step.seq)
+            if choice is None:
+                continue  # its job has just been refused
+            if step.refused:
+                self.cancel(choice.request.job)
+                self.out.append((choice.request.job, step.refused))
+            elif self.emit(choice, step):
+                del self.active[step.seq]
+                self.backend.cancel(step.seq)
+
+    def emit(self, choice: Choice, step: Step) -> bool:
+        """Send what a step brought. True when the choice has finished."""
+        delta = choice.take(step, self.backend)
+        self.out.append((choice.request.job, delta))
+        if choice.request.siblings:
+            self.waiting.extendleft(reversed(choice.request.siblings))
+            choice.request.siblings = []
+        return delta.finish is not None
+
+    def cancel(self, job: int) -> None:
+        self.waiting = deque(c for c in self.waiting if c.request.job != job)
+        self.calls = deque(c for c in self.calls if c[0] != job)
+        for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
+            del self.active[seq]
+            self.backend.cancel(seq)
+
+    # ── calls that generate nothing ──
+
+    def call(self, job: int, name: str, arguments: dict[str, Any]) -> None:
+        self.calls.append((job, CALLS[name](self.backend, **arguments)))
+
+    def advance_call(self) -> None:
+        if not self.calls:
+            return
+        job, work = self.calls.popleft()
+        for value in self.guarded(job, "answer", lambda: [*itertools.islice(work, 1)]) or ():
+            if value is None:
+                self.calls.append((job, work))  # more to do; the others first
+            else:
+                self.out.append((job, Answer(value)))
+
+
+def encode(backend: Backend, prompt: Prompt) -> tuple[str, list[int], int]:
+    """(text, token ids, how many of them the tokenizer added in front)."""
+    if prompt.messages is not None:
+        text = backend.template.render(prompt)
+        if len(text) // 32 > backend.context:  # tool calls and the like count too
+            raise too_long("the prompt", "is far longer than", backend.context)
+        return text, backend.tokenize(text, False), 0
+    if prompt.tokens is not None:
+        if any(token >= backend.vocabulary for token in prompt.tokens):
+            raise Refused(f"The prompt has a token id over {backend.vocabulary - 1}, where the vocabulary ends.", "prompt")
+        data = b"".join(backend.piece(token, True) for token in prompt.tokens)
+        return data.decode("utf-8", "replace"), list(prompt.tokens), 0
+    text = prompt.text or ""
+    ids = backend.tokenize(text, True)
+    plain = backend.tokenize(text, False)
+    return text, ids, 1 if len(ids) > len(plain) and ids[0] == backend.bos else 0
+
+
+def call_tokenize(backend: Backend, prompt: Prompt, add_special: bool, pieces: bool) -> Iterator[dict[str, Any]]:
+    if prompt.least_tokens() > 4 * backend.context:
+        raise too_long("the text", "is far longer than", backend.context)
+    text = backend.template.render(prompt) if prompt.messages is not None else prompt.text or ""
+    ids = backend.tokenize(text, add_special)
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": backend.context}
+    if pieces:
+        answer["pieces"] = [backend.piece(token, True) for token in ids]
+    yield answer
+
+
+def call_detokenize(backend: Backend, tokens: Sequence[int]) -> Iterator[str]:
+    yield encode(backend, Prompt(tokens=tuple(tokens)))[0]
+
+
+def call_render(backend: Backend, prompt: Prompt) -> Iterator[str]:
+    yield backend.template.render(prompt)
+
+
+def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any] | None]:
+    """One piece of a prompt between two steps, so that running answers go on."""
+    vectors, tokens = [], 0
+    for prompt in prompts:
+        if prompt.least_tokens() > backend.context:
+            raise too_long("an input", "is far longer than", backend.context)
+        _, ids, _ = encode(backend, prompt)
+        if not ids:
+            raise Refused("An input is empty.", "input")
+        vector: list[float] = []
+        for vector in backend.embed(ids):  # noqa: B007 (the last one counts)
+            yield None
+        vectors.append(vector)
+        tokens += len(ids)
+    yield {"vectors": vectors, "tokens": tokens}
+
+
+CALLS: dict[str, Callable[..., Iterator[Any]]] = {
+    "tokenize": call_tokenize,
+    "detokenize": call_detokenize,
+    "render": call_render,
+    "embed": call_embed,
+}
+
+
+def too_long(subject: str, verb: str, context: float) -> Refused:
+    message = f"This model's context is {context} tokens, and {subject} {verb} it. Shorten the prompt or lower max_tokens."
+    return Refused(message, "prompt", "context_length_exceeded")
+
+
+def one_line(error: BaseException) -> str:
+    """The last line that says something: native libraries put the reason at the end of a page of context."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def backend_class(name: str) -> type[Backend]:
+    """By its name in backends.BACKENDS, or as "module:Class" for a binding of your own."""
+    if ":" not in name:
+        name = f"backends:{importlib.import_module('backends').BACKENDS[name].__name__}"  # imported here: it imports us
+    module, _, attribute = name.partition(":")
+    found: type[Backend] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
+    """The engine process's main. Tells the server how the load goes, then runs the loop."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group; the server ends us in its own order
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=log_level, format=LOG_FORMAT, stream=sys.stderr)
+
+    def tell(kind: str, payload: Any) -> None:
+        try:
+            conn.send((kind, payload))
+        except OSError:
+            os._exit(0)  # the server is gone
+
+    try:
+        backend = backend_class(spec.backend)(spec, lambda fraction: tell("progress", fraction))
+    except Exception as error:
+        log.debug("load failed", exc_info=True)
+        tell("failed", f"{spec.path}: {one_line(error)}")
+        return
+    backend.context = min(backend.context, spec.length or backend.context)
+    info = EngineInfo(
+        backend=spec.backend,
+        library=backend.library,
+        slots=backend.slots,
+        threads=backend.threads,
+        context=backend.context,
+        cache_tokens=backend.cache_tokens,
+        fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
+        tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
+    )
+    tell("ready", info)
+    gc.collect()
+    gc.freeze()  # what was loaded stays: no collection walks it again between two steps
+    EngineLoop(conn, backend).run()
+    backend.close()
+
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def fingerprint(spec: EngineSpec, *settings: object) -> str:
+    """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings."""
+    files = sorted(weight_files(spec.path))
+    weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
+    text = repr((spec.backend, weights, spec.chat_template, settings))
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def weight_files(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    return [e.path for e in os.scandir(path) if e.is_file() and e.name.endswith((".gguf", ".bin", ".xml", ".safetensors"))]
+
+
+# ───────────────────────────────────────────── the handle in the server process ──────────────────────────────────
+
+
+class Job:
+    """A submitted request as its handler sees it. The handler takes and cancels; the reader thread puts."""
+
+    def __init__(self, engine: Any, number: int, choices: int, client: str):
+        self.engine, self.number, self.client = engine, number, client
+        self.open = choices  # choices that have not finished; changed by the engine's reader thread only
+        self.running = False
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def take(self, timeout: float) -> list[Event]:
+        """All events that have come, waiting up to `timeout` seconds for the first."""
+        events: list[Event] = []
+        try:
+            events.append(self.events.get(timeout=timeout))
+            while True:
+                events.append(self.events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def cancel(self) -> None:
+        """Free the slot or the place in the queue. Harmless when the job has finished."""
+        self.engine.drop(self)
+
+
+def displaced(jobs: Iterable[Job], client: str) -> Job:
+    """The job that gives up its place in a full queue for a client that has far fewer: the last one waiting of whoever has most.
+
+    Raises QueueFull where nobody has.
+    """
+    counts = Counter(job.client for job in jobs)
+    waiting = [job for job in jobs if not job.running and counts[job.client] > counts[client] + 1]
+    if not waiting:
+        raise QueueFull
+    return max(waiting, key=lambda job: (counts[job.client], job.number))
+
+
+class Jobs:
+    """What the server keeps of an engine, whichever kind it is: its jobs, and whether it lives.
+
+    `on_change(self)` is called when it has become ready, has progressed, or is dead. After death `dead` holds the reason,
+    every job has had its EngineFailed, and late-comers get it from admit().
+    """
+
+    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
+        self.spec, self.max_jobs, self.patience, self.on_change = spec, max_jobs, patience, on_change
+        self.info: EngineInfo | None = None
+        self.progress = 0.0  # of loading, 0..1
+        self.dead: str | None = None
+        self.jobs: dict[int, Job] = {}
+        self.lock = threading.Lock()  # guards jobs and dead
+        self.numbers = itertools.count()
+
+    @property
+    def ready(self) -> bool:
+        return self.info is not None and self.dead is None
+
+    def admit(self, job: Job) -> None:
+        """Raises EngineFailed, QueueFull."""
+        loser = None
+        with self.lock:
+            if self.dead is not None:
+                raise EngineFailed(self.dead)
+            if len(self.jobs) >= self.max_jobs:
+                loser = displaced(self.jobs.values(), job.client)
+            self.jobs[job.number] = job
+        if loser:
+            self.drop(loser)
+            loser.events.put(QueueFull())
+
+    def drop(self, job: Job) -> None:
+        raise NotImplementedError
+
+    def tell(self) -> None:
+        try:
+            self.on_change(self)
+        except Exception:  # whatever the listener does, the reader reads on
+            log.exception("engine listener")
+
+    def queue_depth(self) -> int:
+        """Jobs that wait for a slot."""
+        with self.lock:
+            return sum(not job.running for job in self.jobs.values())
+
+    def drop_waiting(self, name: str) -> None:
+        """Jobs that wait for a slot end with Unloading; `name` is the model's."""
+        with self.lock:
+            waiting = [job for job in self.jobs.values() if not job.running]
+        for job in waiting:
+            self.drop(job)
+            job.events.put(Unloading(name))
+
+    def retire(self) -> bool:
+        """Take no more jobs, if there are none now: late-comers get EngineFailed."""
+        with self.lock:
+            if not self.jobs and self.dead is None:
+                self.dead = "the model has been unloaded"
+            return not self.jobs
+
+
+class Engine(Jobs):
+    """An engine process, and the jobs that run in it. One that has jobs and is silent for `patience` seconds is killed."""
+
+    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
+        super().__init__(spec, max_jobs, patience, on_change)
+        self.heard = time.monotonic()  # when the engine last said anything
+        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # pickled messages; None ends the writer
+        context = multiprocessing.get_context("spawn")
+        self.conn, child = context.Pipe()
+        self.process = context.Process(target=run_engine, args=(child, spec, log.getEffectiveLevel()), daemon=True)
+        self.process.start()
+        child.close()  # ours is the only other end now: its death is our EOF
+        self.gone = threading.Event()
+        self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
+        try:
+            self.reader.start()
+            for target in (self.write, self.watch):
+                threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self.process.kill()
+            raise
+
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
+        """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients."""
+        return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
+
+    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
+        """One of CALLS; the job's only event is an Answer."""
+        return self.enter(client, 1, "call", name, arguments)
+
+    def enter(self, client: str, choices: int, kind: str, *arguments: Any) -> Job:
+        number = next(self.numbers)
+        try:
+            message = ForkingPickler.dumps((kind, number, *arguments))
+        except RecursionError:
+            raise Refused("The request is nested too deeply.") from None
+        if not self.jobs:
+            self.heard = time.monotonic()  # it had nothing to say until now
+        job = Job(self, number, choices, client)
+        self.admit(job)
+        self.outbox.put(message)
+        return job
+
+    def drop(self, job: Job) -> None:
+        with self.lock:
+            known = self.jobs.pop(job.number, None)
+        if known:
+            self.outbox.put(ForkingPickler.dumps(("cancel", job.number)))
+
+    def write(self) -> None:
+        """The only sender: a handler must not wait for an engine that is inside a long step."""
+        try:
+            while message := self.outbox.get():
+                self.conn.send_bytes(message)
+        except OSError:
+            pass  # dead: the reader tells
+
+    def read(self) -> None:
+        reason = f"{self.spec.path}: the engine process ended"
+        while True:
+            try:
+                kind, payload = pickle.loads(self.conn.recv_bytes())
+            except (EOFError, OSError):
+                break
+            self.heard = time.monotonic()
+            if kind == "events":
+                self.deliver(payload)
+                continue
+            if kind == "failed":
+                reason = payload
+                continue
+            if kind == "ready":
+                self.info, reason = payload, "the engine process ended"
+            self.progress = payload if kind == "progress" else 1.0
+            self.tell()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(10)
+        if self.process.exitcode:
+            reason += f" ({describe_exit(self.process.exitcode)})"
+        with self.lock:
+            self.dead = reason
+            jobs, self.jobs = list(self.jobs.values()), {}
+        for job in jobs:
+            job.events.put(EngineFailed(reason))
+        self.gone.set()
+        self.outbox.put(None)
+        self.conn.close()
+        self.tell()
+
+    def watch(self) -> None:
+        while not self.gone.wait(1):
+            self.check_silence(self.patience + 1)
+
+    def check_silence(self, limit: float) -> None:
+        """An engine that has work and has said nothing for so long hangs; a living one says something every second."""
+        if self.ready and self.jobs and time.monotonic() - self.heard > limit:
+            log.error("the engine has said nothing for %.0f s: killing it", limit)
+            self.kill()
+
+    def deliver(self, events: list[tuple[int, Event]]) -> None:
+        for number, event in events:
+            job = self.jobs.get(number)
+            if job is None:
+                continue  # cancelled; the engine had not heard of it yet
+            if isinstance(event, Delta):
+                job.open -= event.finish is not None
+            elif isinstance(event, Started):
+                job.running = True
+            elif not isinstance(event, Details):
+                job.open = 0
+            if not job.open:
+                with self.lock:
+                    self.jobs.pop(number, None)
+            job.events.put(event)
+
+    def kill(self) -> None:
+        """For an engine that hangs. Its jobs fail as in a crash; when this returns no job can be submitted to it any more."""
+        self.process.kill()
+        if threading.current_thread() is not self.reader:
+            self.reader.join(5)
+
+    def close(self) -> None:
+        """End the process: politely, then not. One that is still loading would not listen."""
+        if self.info is None:
+            self.process.kill()
+        self.outbox.put(ForkingPickler.dumps(("close",)))
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(5)
+
+
+def describe_exit(code: int) -> str:
+    if code < 0:
+        return f"signal {-code}, {signal.strsignal(-code)}" if hasattr(signal, "strsignal") else f"signal {-code}"
+    return f"exit status {code}"
