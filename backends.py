@@ -6,22 +6,40 @@ in the constructor of its binding and nowhere else, which runs in the engine pro
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import functools
+import glob
 import importlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
+import re
+import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
-from engine import UPSTREAMS, Backend, EngineSpec, Prompt, Refused, Sampling, Scored, Step, log, one_line, too_long
+from engine import (
+    UPSTREAMS,
+    Backend,
+    EngineFailed,
+    EngineSpec,
+    Prompt,
+    Refused,
+    Sampling,
+    Scored,
+    Step,
+    log,
+    one_line,
+    too_long,
+)
 
 # ─────────────────────────────────────────────────── model files ─────────────────────────────────────────────────
 
@@ -109,11 +127,12 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int) -> int:
-    """KV cache tokens over all slots: up to 4,096 for each, as far as a quarter of the machine's memory goes."""
+def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memory: int | None = None) -> int:
+    """KV cache tokens over all slots: up to 4,096 for each, as far as a quarter of `memory` (bytes; None: the machine's) goes."""
     wanted = slots * min(context, 4096)
-    if kv_bytes_per_token and hasattr(os, "sysconf"):
+    if memory is None and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if kv_bytes_per_token and memory:
         wanted = min(wanted, max(slots * 256, memory // 4 // kv_bytes_per_token))
     return wanted
 
@@ -177,16 +196,18 @@ class OpenVino:
     It knows prefix reuse, but not how much of a prompt was reused: cached tokens are None.
     """
 
-    LIBRARY: ClassVar = "openvino_genai"
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("openvino_genai",)
     INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
     LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores", "embeddings"})
+    SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
     BLOCK = 32  # tokens per KV block on CPU
+    PRECISIONS: ClassVar = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         import numpy
         import openvino
 
-        self.genai: Any = importlib.import_module(self.LIBRARY)
+        self.genai: Any = importlib.import_module(self.LIBRARIES[0])
         self.library = installed(self.INSTALL)
         tensor: Any = openvino.Tensor
         self.tensor: Callable[[list[int]], Any] = lambda ids: tensor(numpy.array([ids], dtype=numpy.int64))
@@ -211,9 +232,7 @@ class OpenVino:
         scheduler.num_kv_blocks = -(-self.cache_tokens // self.BLOCK)
         scheduler.enable_prefix_caching = True
         progress(0.0)
-        self.pipe = self.genai.ContinuousBatchingPipeline(
-            spec.path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": self.threads}, {}
-        )
+        self.pipe = self.genai.ContinuousBatchingPipeline(spec.path, scheduler, "CPU", self.properties(spec), {})
         self.context = min(context, self.cache_tokens)
         self.tokenizer = self.pipe.get_tokenizer()
         self.template = ChatTemplate(
@@ -235,6 +254,17 @@ class OpenVino:
         self.handles: dict[int, Any] = {}
         self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
+
+    def properties(self, spec: EngineSpec) -> dict[str, Any]:
+        found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads}
+        if spec.dtype != "auto":
+            found["INFERENCE_PRECISION_HINT"] = self.PRECISIONS[spec.dtype]
+        if spec.dtype == "float32":  # only all three together make a token independent of what else is in the batch
+            found |= {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
+        if spec.ngram:
+            found["prompt_lookup"] = True
+        return found
 
     def read_vocabulary(self) -> tuple[list[bytes], list[bytes]]:
         """UTF-8 bytes of each token; in the second list special tokens are empty. decode() costs 40 us a call, this nothing."""
@@ -262,6 +292,8 @@ class OpenVino:
         return self.literals[token] if special else self.pieces[token]
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        if self.ngram and sampling.min_tokens:
+            raise Refused("OpenVINO has no 'min_tokens' beside speculative decoding (--ngram-match-min).", "min_tokens")
         config = self.genai.GenerationConfig()
         config.apply_chat_template = False
         config.max_new_tokens = sampling.max_tokens
@@ -270,6 +302,8 @@ class OpenVino:
         config.min_new_tokens = min(sampling.min_tokens, sampling.max_tokens or 0)
         config.stop_token_ids = set() if sampling.min_tokens or sampling.ignore_eos else {*self.eos, *sampling.stop_token_ids}
         config.logprobs = 0 if sampling.logprobs is None else 1
+        if self.ngram:
+            config.num_assistant_tokens, config.max_ngram_size = self.draft_tokens, self.ngram
         if sampling.grammar:
             config.structured_output_config = self.genai.StructuredOutputConfig(grammar=sampling.grammar)
         config.presence_penalty = sampling.presence_penalty
@@ -300,6 +334,8 @@ class OpenVino:
                 for output in outputs.values():
                     scores = [Scored(logprob) for logprob in output.generated_log_probs] if seq in self.scored else ()
                     out.append(Step(seq, output.generated_ids, scores))
+            elif handle.get_status() == self.genai.GenerationStatus.FINISHED:  # by itself, and too early
+                out.append(Step(seq, (), error=EngineFailed("OpenVINO ended the completion before its end")))
         return out
 
     def cancel(self, seq: int) -> None:
@@ -343,6 +379,10 @@ class LlamaSlot:
     muted: int = 0  # tokens still to come before EOS may (min_tokens): the chain's first sampler bans it
     scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens, where they are wanted
     used: int = 0  # when it was last started: the least recent is overwritten first
+    drafts: list[int] = field(default_factory=list)  # guesses at what follows todo[0], decoded with it
+    grams: dict[tuple[int, ...], int] = field(default_factory=dict)  # tokens in a row → where what followed them begins
+    indexed: int = 0  # tokens of the sequence that `grams` knows
+    left: int = 0  # tokens that may still be sampled
 
 
 class LlamaCpp:
@@ -352,15 +392,16 @@ class LlamaCpp:
     Each slot has cache_tokens / slots tokens of KV cache of its own (a unified cache attends over everyone's cells).
     """
 
-    LIBRARY: ClassVar = "llama_cpp"
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("llama_cpp",)
     INSTALL: ClassVar = "llama-cpp-python==0.3.36"
     LACKS: ClassVar = frozenset[str]()
+    SPECULATES: ClassVar = frozenset({"ngram"})
     BATCH = 512  # tokens per step when nobody waits for the next token …
     BATCH_BUSY = 256  # … and when somebody does
     BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
-        self.lib: Any = importlib.import_module(self.LIBRARY)
+        self.lib: Any = importlib.import_module(self.LIBRARIES[0])
         self.numpy: Any = importlib.import_module("numpy")
         lib = self.lib
         self.library = installed(self.INSTALL)
@@ -388,6 +429,9 @@ class LlamaCpp:
         self.defaults = own_sampling(meta)
         trained = lib.llama_model_n_ctx_train(self.model)
         wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, gguf_shape(meta)[1])
+        self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
+        if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
+            raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
         self.ctx = self.make_context(min(wanted // spec.slots, trained))
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
@@ -467,7 +511,8 @@ class LlamaCpp:
         slot.sampler = self.make_sampler(ids, sampling)
         slot.sampling, slot.muted = sampling, sampling.min_tokens
         slot.scores = [Scored(None)] if sampling.scores_prompt else []  # nothing predicts the first token
-        slot.used = next(self.clock)
+        slot.used, slot.left = next(self.clock), sampling.max_tokens or 1
+        slot.drafts, slot.grams, slot.indexed = [], {}, self.ngram
         return slot.seq, common
 
     def make_sampler(self, ids: list[int], s: Sampling) -> Any:
@@ -525,7 +570,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
         for slot, index, token in self.scoring:
             slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
-        return [self.sample(slot, index) for slot, index in ready]
+        return [self.accept(slot, index) if slot.drafts else self.sample(slot, index) for slot, index in ready]
 
     def fill_batch(self) -> list[tuple[LlamaSlot, int]]:
         """One token of every sequence that decodes, then pieces of the prompts. Returns whose last logits are at which index."""
@@ -536,8 +581,12 @@ class LlamaCpp:
         room = max(self.BATCH_BUSY if decoding else self.BATCH, len(decoding) + 1)
         at = 0
         self.scoring = []
+        if self.ngram:
+            for slot in decoding:
+                slot.drafts = self.guess(slot, min(self.draft_tokens, room // len(decoding) - 1))
+                slot.todo += slot.drafts
         for slot in decoding + prefilling:
-            scored = slot.sampling.scores_prompt and len(slot.todo) > 1
+            scored = slot.sampling.scores_prompt and len(slot.todo) > 1 and not slot.drafts
             piece = slot.todo[: min(room, self.BATCH_SCORED) if scored else room]
             if not piece:
                 break
@@ -547,7 +596,7 @@ class LlamaCpp:
                 batch.pos[at] = position + i
                 batch.n_seq_id[at] = 1
                 batch.seq_id[at][0] = slot.seq
-                batch.logits[at] = scored or (last and i + 1 == len(piece))
+                batch.logits[at] = scored or (last and i + 1 + len(slot.drafts) >= len(piece))
                 if scored and i + 1 < len(slot.todo):
                     self.scoring.append((slot, at, slot.todo[i + 1]))
                 at += 1
@@ -555,9 +604,31 @@ class LlamaCpp:
             slot.kv += piece
             slot.todo = slot.todo[len(piece) :]
             if last:
-                ready.append((slot, at - 1))
+                ready.append((slot, at - 1 - len(slot.drafts)))
         batch.n_tokens = at
         return ready
+
+    def guess(self, slot: LlamaSlot, most: int) -> list[int]:
+        """What followed the last tokens when they were met before."""
+        text, n = slot.kv + slot.todo, self.ngram
+        for end in range(slot.indexed, len(text)):
+            slot.grams[tuple(text[end - n : end])] = end
+        slot.indexed = max(slot.indexed, len(text))
+        at = slot.grams.get(tuple(text[-n:]), len(text))
+        return text[at : at + max(0, min(most, slot.left - 1, self.context - len(text)))]
+
+    def accept(self, slot: LlamaSlot, index: int) -> Step:
+        """Sample as if there had been no guesses, for as long as they turn out right: the same tokens, several in a step."""
+        drafts, slot.drafts = slot.drafts, []
+        first = step = self.sample(slot, index)
+        tokens, scores = [*step.tokens], [*step.logprobs]
+        while len(tokens) <= len(drafts) and step.tokens and tokens[-1] == drafts[len(tokens) - 1] not in self.eos:
+            step = self.sample(slot, index + len(tokens))
+            tokens += step.tokens
+            scores += step.logprobs
+        slot.kv = slot.kv[: len(slot.kv) - len(drafts) + len(tokens) - 1]
+        self.lib.llama_memory_seq_rm(self.memory, slot.seq, len(slot.kv), -1)
+        return first._replace(tokens=tokens, logprobs=scores, error=step.error)
 
     def sample(self, slot: LlamaSlot, index: int) -> Step:
         scores: list[Scored] = []
@@ -568,9 +639,7 @@ class LlamaCpp:
             token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
         if token is None:
             slot.todo = [self.bos]  # never decoded: the choice ends here
-            return Step(
-                slot.seq, (), refused=Refused("'logit_bias' bans every token that the constraint allows.", "logit_bias")
-            )
+            return Step(slot.seq, (), error=Refused("'logit_bias' bans every token that the constraint allows.", "logit_bias"))
         if slot.muted:
             slot.muted -= 1
             if not slot.muted:
@@ -579,7 +648,7 @@ class LlamaCpp:
         if wanted is not None:
             scores = [self.score(index, token, wanted)]
         prompt, slot.scores = slot.scores, []
-        slot.todo = [token]
+        slot.todo, slot.left = [token], slot.left - 1
         return Step(slot.seq, [token], scores, prompt)
 
     def logits(self, index: int) -> Any:
@@ -677,18 +746,625 @@ def shared(a: list[int], b: list[int], limit: int) -> int:
     return next(i for i in range(end) if a[i] != b[i])
 
 
-BACKENDS: dict[str, type[Backend]] = {"openvino": OpenVino, "llamacpp": LlamaCpp}
+# ─────────────────────────────────────────────────── Hugging Face folders ────────────────────────────────────────
+
+
+class HfModel:
+    """What transformers and exllamav3 have in common: a folder with config.json, tokenizer.json and *.safetensors."""
+
+    def __init__(self, spec: EngineSpec, tokenizer: Any):
+        """`tokenizer` is a tokenizers.Tokenizer."""
+        config = read_json(spec.path, "config.json")
+        self.config = config.get("text_config") or config  # of a model that also sees
+        own = read_json(spec.path, "tokenizer_config.json")
+        generation = read_json(spec.path, "generation_config.json")
+        self.hf_tokenizer = tokenizer
+        tokenizer.no_truncation()  # tokenizer.json keeps what its makers last tokenized with
+        tokenizer.no_padding()
+        self.defaults = own_sampling(generation) if generation.get("do_sample", True) else {}
+        bos, eos = (token_text(own.get(name)) for name in ("bos_token", "eos_token"))
+        self.bos = -1 if (found := tokenizer.token_to_id(bos)) is None else int(found)
+        ends = [generation.get("eos_token_id"), self.config.get("eos_token_id"), tokenizer.token_to_id(eos)]
+        self.eos = frozenset(i for end in ends for i in (end if isinstance(end, list) else [end]) if isinstance(i, int))
+        self.adds_bos = bool(own.get("add_bos_token")) and self.bos >= 0
+        self.template = ChatTemplate(spec.chat_template or hf_template(spec.path, own), bos, eos)
+        self.literals, self.pieces = read_pieces(tokenizer)
+        self.vocabulary = len(self.literals)
+
+    def kv_bytes(self, bytes_per_value: int) -> int:
+        """Bytes of KV cache per token; 0 where the configuration has other names for it."""
+        get = self.config.get
+        heads = get("num_attention_heads") or 1
+        head_dim = get("head_dim") or (get("hidden_size") or 0) // heads
+        return (get("num_hidden_layers") or 0) * (get("num_key_value_heads") or heads) * head_dim * 2 * bytes_per_value
+
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        ids: list[int] = self.hf_tokenizer.encode(text, add_special_tokens=add_special).ids
+        return [self.bos, *ids] if add_special and self.adds_bos and ids[:1] != [self.bos] else ids
+
+    def piece(self, token: int, special: bool) -> bytes:
+        if token >= len(self.literals):  # the weights' vocabulary is padded, and such a token has no text
+            return b""
+        return self.literals[token] if special else self.pieces[token]
+
+
+def token_text(value: Any) -> str:
+    """A special token as tokenizer_config.json may write it: text, or an object with its text."""
+    return str((value.get("content") if isinstance(value, dict) else value) or "")
+
+
+def hf_template(folder: str, tokenizer_config: dict[str, Any]) -> str | None:
+    """A model folder's chat template, where its makers may have put it; of several the one named default."""
+    try:
+        with open(os.path.join(folder, "chat_template.jinja"), encoding="utf-8") as f:
+            return f.read()
+    except OSError:
+        found = read_json(folder, "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def byte_letters() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one letter: itself where it can be seen, else one from U+0100 on (GPT-2's table)."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(unseen)}
+
+
+def read_pieces(tokenizer: Any) -> tuple[list[bytes], list[bytes]]:
+    """UTF-8 bytes of each token of a tokenizers.Tokenizer; in the second list special tokens are empty."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+    letters = byte_letters()
+    literals = [b""] * (max(vocabulary.values()) + 1)
+    for text, i in vocabulary.items():
+        if i in added:
+            literals[i] = text.encode()
+        elif byte_level:
+            literals[i] = b"".join(bytes([letters[c]]) if c in letters else c.encode() for c in text)
+        elif len(text) == 6 and text.startswith("<0x"):  # SentencePiece: <0xNN> is a byte, U+2581 a space
+            literals[i] = bytes([int(text[3:5], 16)])
+        else:
+            literals[i] = text.replace("\u2581", " ").encode()
+    return literals, [b"" if i in added and added[i].special else literal for i, literal in enumerate(literals)]
+
+
+GBNF_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b(r\d+|root)\b')
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar of constraints.py in llguidance's dialect of Lark (its own converter from GBNF breaks escapes).
+
+    A rule without recursion becomes a terminal, which llguidance runs as one automaton; where nothing recurs, that is the whole.
+    """
+    rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
+    refs = {name: {m[4] for m in GBNF_TOKEN.finditer(body) if m[4]} for name, body in rules.items()}
+    flat: set[str] = set()
+    while more := {name for name in rules if name not in flat and refs[name] <= flat}:
+        flat |= more
+    names = {name: name.upper() if name in flat else name for name in rules}
+
+    def convert(m: re.Match[str]) -> str:
+        return m[1] or (f"/{m[2]}/" if m[2] else f"{{{m[3]},{m[3]}}}" if m[3] else names[m[4]])
+
+    lines = [f"{names[name]}: {GBNF_TOKEN.sub(convert, body)}" for name, body in rules.items()]
+    return "\n".join([f"start: {names['root']}", *lines])
+
+
+# ─────────────────────────────────────────────────── transformers ────────────────────────────────────────────────
+
+
+@dataclass(slots=True, eq=False)
+class TorchSequence:
+    """A sequence of Transformers, beside what the library itself keeps of it."""
+
+    seq: int
+    ids: list[int]
+    sampling: Sampling
+    generator: Any = None  # torch.Generator
+    matcher: Any = None  # llguidance's, of a grammar
+    sampled: list[int] = field(default_factory=list)
+    cache: Any = None  # while its prompt is being scored
+    scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens so far, where they are wanted
+
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token by the raw logits is the one."""
+        s = self.sampling
+        changed = s.logit_bias or s.grammar or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1
+        return not s.temperature and not changed and len(self.sampled) >= s.min_tokens
+
+
+class Transformers(HfModel):
+    """Hugging Face transformers on torch: any causal language model that it knows, on CPU or another torch device.
+
+    Batching, paged KV cache and prefix reuse are the library's own (its continuous batching); here its processor is stepped
+    by our thread instead of one of its own, and tokens are chosen by `choose`, since its sampling is one for the whole batch.
+    """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("transformers", "torch", "llguidance")
+    INSTALL: ClassVar = "torch==2.13.0 transformers==5.23.0 llguidance==1.9.1"
+    LACKS: ClassVar = frozenset[str]()
+    SPECULATES: ClassVar = frozenset[str]()
+    PAGE = 32  # tokens; prefixes are reused by whole pages
+    BATCH = 256  # tokens per step
+    BATCH_SCORED = 64  # … of a prompt whose every token needs its logits
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what is not in the folder is not fetched behind the user's back
+        progress(0.0)
+        self.torch: Any = importlib.import_module("torch")
+        transformers: Any = importlib.import_module(self.LIBRARIES[0])
+        transformers.logging.set_verbosity_error()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(
+            logging.CRITICAL if log.getEffectiveLevel() > logging.DEBUG else logging.DEBUG
+        )
+        transformers.logging.disable_progress_bar()
+        self.library = f"{installed(self.LIBRARIES[0])}, {installed('torch')}"
+        torch, self.slots = self.torch, spec.slots
+        self.device = torch_device(torch, spec.device)
+        self.threads = spec.threads or physical_cores()
+        torch.set_num_threads(self.threads)
+        super().__init__(spec, transformers.AutoTokenizer.from_pretrained(spec.path).backend_tokenizer)
+        dtype = torch_dtype(torch, spec.dtype, self.config, self.device)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(spec.path, dtype=dtype).to(self.device).eval()
+        self.vocabulary = max(self.vocabulary, self.config.get("vocab_size") or 0)
+        trained = self.config.get("max_position_embeddings") or 4096
+        free = torch.cuda.mem_get_info(self.device)[0] * 2 if self.device.type == "cuda" else None
+        wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, self.kv_bytes(dtype.itemsize), free)
+        page = 256 if self.device.type == "cuda" else self.PAGE  # what flash attention asks for
+        self.cache_tokens = -(-wanted // page) * page
+        self.context = min(trained, self.cache_tokens)
+        manager = self.model.init_continuous_batching(
+            generation_config=transformers.GenerationConfig(do_sample=False),
+            continuous_batching_config=transformers.ContinuousBatchingConfig(
+                page_size=page,
+                num_blocks=self.cache_tokens // page,
+                max_batch_tokens=max(self.BATCH, spec.slots),
+                max_requests_per_batch=spec.slots,
+                use_cuda_graph=False,  # tokens are chosen by Python code
+                use_async_batching=False,
+                auto_switch_to_flash=bool(importlib.util.find_spec("flash_attn")),
+            ),
+        )
+        self.new_state = importlib.import_module("transformers.generation.continuous_batching.requests").RequestState
+        self.processor = manager._create_batch_processor()
+        self.processor.model_runner._sample = self.sample
+        self.cache_class = transformers.DynamicCache
+        self.embeddings = spec.embeddings
+        self.rows: dict[int, TorchSequence] = {}
+        self.scoring: list[TorchSequence] = []
+        self.grammars: Any = None  # llguidance's tokenizer, made when first asked for
+        self.out: list[Step] = []
+        self.numbers = itertools.count()
+
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        row = TorchSequence(next(self.numbers), ids, sampling)
+        row.generator = self.torch.Generator(self.device).manual_seed(sampling.seed or 0)
+        row.matcher = self.make_matcher(sampling.grammar) if sampling.grammar else None
+        self.rows[row.seq] = row
+        if sampling.scores_prompt:
+            row.scores, row.cache = [Scored(None)], self.cache_class()
+            self.scoring.append(row)
+            return row.seq, 0
+        return row.seq, self.enter(row)
+
+    def enter(self, row: TorchSequence) -> int:
+        """Hand a sequence to the library's scheduler. Returns how many tokens of its prompt are in the KV cache."""
+        scheduler, placed = self.processor.scheduler, set[str]()
+        state = self.new_state(request_id=str(row.seq), initial_tokens=row.ids, max_new_tokens=None)
+        scheduler.add_waiting_request(state)
+        scheduler._infer_request_tokens(state, placed)  # looks for a shared prefix now, rather than in the next step
+        scheduler._cleanup_waiting_queue(placed)
+        return int(state.position_offset)
+
+    def step(self) -> list[Step]:
+        self.out = []
+        if self.scoring:
+            self.score_piece(self.scoring[0])
+        if self.processor.prepare_next_batch():
+            self.processor._generation_step(self.model)
+            self.processor.update_batch()
+        return self.out
+
+    def sample(self, logits: Any, output_ids: Any) -> None:
+        """In the place of ModelRunner._sample. logits: float32 (1, sequences, vocabulary), raw; output_ids: int32 (1, …)."""
+        batch = self.processor.inputs_and_outputs.requests_in_batch
+        rows = [self.rows[int(future.state.request_id)] for future in batch if future.has_new_token]
+        likeliest = logits[0, : len(rows)].argmax(-1).tolist()  # a row more for each prompt that is not at its end yet
+        for i, row in enumerate(rows):
+            token = likeliest[i] if row.greedy else self.choose(row, logits[0, i])
+            if token is None:
+                refusal = Refused("'logit_bias' bans every token that the constraint allows.", "logit_bias")
+                self.out.append(Step(row.seq, (), error=refusal))
+                continue
+            likeliest[i] = token
+            row.sampled.append(token)
+            wanted = row.sampling.logprobs
+            scores = self.score(logits[0, i : i + 1], [token], wanted) if wanted is not None else ()
+            self.out.append(Step(row.seq, [token], scores, row.scores))
+            row.scores = []
+        output_ids[0, : len(rows)] = self.torch.tensor(likeliest, dtype=output_ids.dtype)
+
+    def choose(self, row: TorchSequence, logits: Any) -> int | None:
+        """Bans, penalties, temperature, top_k, top_p, min_p, in the order of LlamaCpp; None: bans and grammar leave no token."""
+        torch, s, minus = self.torch, row.sampling, -math.inf
+        logits = logits.clone()
+        for token, bias in s.logit_bias:
+            logits[token] += minus if bias <= -100 else bias
+        if len(row.sampled) < s.min_tokens:
+            logits[[*self.eos]] = minus
+        if s.repetition_penalty != 1:
+            seen = torch.tensor([*{*row.ids, *row.sampled}], device=self.device)
+            values = logits[seen]
+            logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+        if (s.presence_penalty or s.frequency_penalty) and row.sampled:
+            tokens, counts = torch.tensor(row.sampled, device=self.device).unique(return_counts=True)
+            logits[tokens] -= s.presence_penalty + s.frequency_penalty * counts
+        if row.matcher:
+            logits[~self.allowed(row.matcher)] = minus
+        if logits.max() == minus:
+            return None
+        token = self.draw(row, logits) if s.temperature else int(logits.argmax())
+        if row.matcher:
+            row.matcher.consume_token(token)
+        return token
+
+    def draw(self, row: TorchSequence, logits: Any) -> int:
+        torch, s, minus = self.torch, row.sampling, -math.inf
+        logits = logits / s.temperature
+        if s.top_k and s.top_k < len(logits):
+            logits[logits < logits.topk(s.top_k).values[-1]] = minus
+        if s.top_p is not None and s.top_p < 1:
+            probs, order = logits.softmax(-1).sort(descending=True)
+            logits[order[probs.cumsum(-1) - probs >= s.top_p]] = minus  # the likeliest always stays
+        if s.min_p:
+            probs = logits.softmax(-1)
+            logits[probs < s.min_p * probs.max()] = minus
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=row.generator))
+
+    def score(self, logits: Any, tokens: list[int], alternatives: int) -> list[Scored]:
+        """Log probabilities of one token per row of raw logits (tokens, vocabulary), with the best alternatives."""
+        logprobs = logits.log_softmax(-1)
+        own = logprobs[self.torch.arange(len(tokens)), self.torch.tensor(tokens, dtype=self.torch.long)].tolist()
+        if not alternatives:
+            return [Scored(logprob) for logprob in own]
+        best = logprobs.topk(alternatives)
+        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [Scored(logprob, [*zip(*top, strict=True)]) for logprob, top in zip(own, tops, strict=True)]
+
+    def score_piece(self, row: TorchSequence) -> None:
+        """The next piece of a prompt whose tokens are to be scored, outside the batch; after the last it joins the batch."""
+        torch, at = self.torch, len(row.scores) - 1
+        piece = row.ids[at : at + self.BATCH_SCORED]
+        with torch.no_grad():
+            logits = self.model(torch.tensor([piece], device=self.device), past_key_values=row.cache).logits[0].float()
+        following = row.ids[at + 1 : at + 1 + len(piece)]
+        row.scores += self.score(logits[: len(following)], following, row.sampling.logprobs or 0)
+        if len(row.scores) < len(row.ids):
+            return
+        self.scoring.remove(row)
+        row.cache = None
+        if row.sampling.max_tokens:
+            self.enter(row)
+        else:
+            self.out.append(Step(row.seq, (), (), row.scores))
+
+    def make_matcher(self, text: str) -> Any:
+        """Raises Refused."""
+        llguidance: Any = importlib.import_module("llguidance")
+        if self.grammars is None:
+            self.grammars = llguidance.LLTokenizer(self.hf_tokenizer.to_str(), n_vocab=self.vocabulary, eos_token=[*self.eos])
+        matcher = llguidance.LLMatcher(self.grammars, llguidance.grammar_from("lark", lark_grammar(text)))
+        if matcher.is_error():
+            raise Refused(f"The grammar cannot be used: {one_line(ValueError(matcher.get_error()))}.", "structured_outputs")
+        return matcher
+
+    def allowed(self, matcher: Any) -> Any:
+        """Which tokens may come next: bool (vocabulary)."""
+        packed = self.torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=self.torch.uint8)
+        bits = packed.unsqueeze(-1) >> self.torch.arange(8, dtype=self.torch.uint8) & 1
+        return bits.flatten()[: self.vocabulary].bool().to(self.device)
+
+    def cancel(self, seq: int) -> None:
+        row = self.rows.pop(seq)
+        if row in self.scoring:
+            self.scoring.remove(row)
+        self.processor.scheduler.set_request_cancellation(str(seq))
+        self.processor.scheduler.clear_cancelled_requests()
+
+    def embed(self, ids: list[int]) -> Iterator[list[float]]:
+        """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
+        if not self.embeddings:
+            raise Refused("This server was started without --embeddings.", "model")
+        if len(ids) > self.context:
+            raise too_long(f"an input has {len(ids)} tokens, which", "exceed", self.context)
+        torch, cache, total = self.torch, self.cache_class(), 0.0
+        for at in range(0, len(ids), self.BATCH):
+            piece = torch.tensor([ids[at : at + self.BATCH]], device=self.device)
+            with torch.no_grad():
+                hidden = self.model.base_model(piece, past_key_values=cache).last_hidden_state
+            total = total + hidden[0].float().sum(0).cpu().double()
+            yield torch.nn.functional.normalize(total, dim=-1).tolist()
+
+    def close(self) -> None:
+        del self.processor, self.model
+
+
+def torch_device(torch: Any, asked: str) -> Any:
+    """auto: the first GPU that torch sees, else CPU. Raises ValueError for one that is not there."""
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=asked).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+
+
+def torch_dtype(torch: Any, asked: str, config: dict[str, Any], device: Any) -> Any:
+    """auto: what the weights are stored in; on a CPU without instructions for 16 bits float32, which is far faster there."""
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if asked == "auto":
+        asked = stored if stored in ("float32", "bfloat16", "float16") else "float32"
+        if device.type == "cpu" and asked != "float32":
+            asked = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    return getattr(torch, asked)
+
+
+# ──────────────────────────────────────────────────── exllamav3 ──────────────────────────────────────────────────
+
+
+@dataclass(slots=True, eq=False)
+class ExlSequence:
+    """A sequence of ExLlamaV3."""
+
+    job: Any
+    sampling: Sampling
+    penalty: Any = None  # the step of its sampler that penalises what is in the completion
+    count: int = 0  # tokens that have come
+
+
+class ExLlamaV3(HfModel):
+    """exllamav3's Generator: EXL3 folders and unquantised Hugging Face folders, on CUDA.
+
+    The model is loaded by exllamav3's own model_init with its own flags (spec.options): they mean here what they mean there.
+    """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("exllamav3", "torch")
+    INSTALL: ClassVar = "torch==2.13.0 exllamav3==1.6.5"
+    LACKS: ClassVar = frozenset({"scores", "embeddings"})
+    SPECULATES: ClassVar = frozenset({"draft", "ngram"})
+    PAGE = 256  # tokens
+    RESERVE = 2048  # tokens of KV cache that a sequence reserves ahead; without it max_tokens, and few would fit
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        progress(0.0)
+        self.torch: Any = importlib.import_module("torch")
+        if lack := lacks_cuda(self.torch):
+            raise RuntimeError(lack)
+        self.lib: Any = importlib.import_module(self.LIBRARIES[0])  # compiles for minutes where there is no compiled extension
+        self.library = f"{installed(self.LIBRARIES[0])}, {installed('torch')}"
+        self.slots, self.threads = spec.slots, spec.threads or physical_cores()
+        tokenizers: Any = importlib.import_module("tokenizers")
+        super().__init__(spec, tokenizers.Tokenizer.from_file(os.path.join(spec.path, "tokenizer.json")))
+        args = self.load(spec, progress)
+        generator = self.generator
+        self.rows: dict[int, ExlSequence] = {}
+        self.numbers = itertools.count()
+        self.cache_tokens = args.cache_size
+        trained = self.config.get("max_position_embeddings") or self.cache_tokens
+        self.context = min(trained, self.cache_tokens - 1 - generator.max_draft_tokens)  # beyond this it cuts max_tokens itself
+
+    def load(self, spec: EngineSpec, progress: Callable[[float], None]) -> argparse.Namespace:
+        model_init: Any = importlib.import_module("exllamav3.model_init")
+        parser = Flags(prog="exllamav3")
+        model_init.add_args(parser, add_draft_model_args=True, default_autosplit_max_batch_size=spec.slots)
+        drafts = {"-dm": spec.draft, "-ngram": spec.ngram, "-ndt": spec.draft_tokens}
+        drafting = [word for flag, value in drafts.items() if value for word in (flag, str(value))]
+        args = parser.parse_args(["-m", spec.path, *spec.options, *drafting])
+        weights = sum(e.stat().st_size for e in os.scandir(spec.path) if e.name.endswith(".safetensors"))
+        devices = range(self.torch.cuda.device_count())  # layers are split over all of them, each with its part of the cache
+        free = max(0, sum(self.torch.cuda.mem_get_info(device)[0] for device in devices) - weights)
+        trained = self.config.get("max_position_embeddings") or 8192
+        wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, self.kv_bytes(2), 2 * free)
+        args.cache_size = -(-wanted // self.PAGE) * self.PAGE
+        self.model, config, cache, self.tokenizer, draft_model, _, draft_cache = model_init.init(
+            args, quiet=True, progress=False, callback=lambda done, total: progress(done / total)
+        )
+        self.eos |= frozenset(config.eos_token_id_list)
+        self.vocabulary = max(self.vocabulary, config.vocab_size)
+        gigabyte = 1 << 30
+        self.generator = self.lib.Generator(  # swallows a misspelt argument: tests/test_exllamav3.py reads its signature
+            model=self.model,
+            cache=cache,
+            tokenizer=self.tokenizer,
+            max_batch_size=spec.slots,
+            max_chunk_size=args.chunk_size,
+            draft_model=draft_model,
+            draft_cache=draft_cache,
+            num_draft_tokens=args.num_draft_tokens,
+            cpu_cache_size=int(args.cpu_cache_size * gigabyte),
+            disk_cache_dir=args.disk_cache_dir,
+            disk_cache_size=int(args.disk_cache_size * gigabyte),
+            recurrent_cache_size=int(args.recurrent_cache_size * gigabyte),
+            ngram_match_min=args.ngram_match_min,
+            dynamic_draft_tokens=args.dynamic_draft,
+            draft_confidence=args.draft_confidence,
+            ngram_corpus=args.ngram_corpus,
+            hybrid_draft_tokens=args.hybrid_draft_tokens,
+            sparse_draft_head=args.sparse_draft_head,
+        )
+        return args
+
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        seq, s = next(self.numbers), sampling
+        if s.grammar and any(bias <= -100 for _, bias in s.logit_bias):  # a dead end would end the whole generator
+            raise Refused("This engine cannot ban tokens ('logit_bias' of -100) beside structured output.", "logit_bias")
+        sampler, penalty = self.make_sampler(s)
+        job = self.lib.Job(
+            input_ids=self.torch.tensor([ids]),
+            max_new_tokens=s.max_tokens,
+            min_new_tokens=s.min_tokens,
+            sampler=sampler,
+            seed=s.seed,
+            stop_conditions=[] if s.ignore_eos else sorted(self.eos),
+            decode_special_tokens=True,
+            return_probs=s.logprobs is not None,
+            return_top_tokens=s.logprobs or 0,
+            filters=[self.make_filter(s.grammar)] if s.grammar else None,
+            max_rq_tokens=self.RESERVE,
+            identifier=seq,
+        )
+        try:
+            self.generator.enqueue(job)
+        except AssertionError as error:  # its way to say that a job can never fit
+            raise Refused(one_line(error), "prompt", "context_length_exceeded") from None
+        self.rows[seq] = ExlSequence(job, s, penalty)
+        return seq, 0
+
+    def make_sampler(self, s: Sampling) -> tuple[Any, Any]:
+        """ComboSampler's steps, with penalties of presence and frequency that count the completion alone."""
+        lib, steps, penalty = self.lib, [], None
+        if s.logit_bias:
+            steps.append(lib.SS_LogitBias({token: -math.inf if bias <= -100 else bias for token, bias in s.logit_bias}))
+        if s.repetition_penalty != 1:
+            steps.append(lib.SS_RepP(s.repetition_penalty))
+        if s.presence_penalty or s.frequency_penalty:
+            penalty = lib.SS_PresFreqP(s.presence_penalty, s.frequency_penalty)
+            steps.append(penalty)
+        if not s.temperature:
+            return lib.CustomSampler([*steps, lib.SS_Argmax()]), penalty
+        steps += [lib.SS_Temperature(s.temperature), lib.SS_MinP(s.min_p), lib.SS_TopK(s.top_k or 0)]
+        steps += [lib.SS_TopP(1.0 if s.top_p is None else s.top_p), lib.SS_Sample()]
+        return lib.CustomSampler(steps), penalty
+
+    def make_filter(self, text: str) -> Any:
+        """Raises Refused."""
+        try:
+            return self.lib.LLGuidanceFilter(self.tokenizer, eos_after_completed=True, lark_grammar=lark_grammar(text))
+        except ValueError as error:
+            raise Refused(f"The grammar cannot be used: {one_line(error)}.", "structured_outputs") from None
+
+    def step(self) -> list[Step]:
+        for row in self.rows.values():
+            if row.penalty:  # it looks at so many of the last tokens, prompt or not
+                row.penalty.sustain_range = row.job.rq_new_tokens + row.job.new_tokens
+        return [step for result in self.generator.iterate() if (step := self.read(result))]
+
+    def read(self, result: dict[str, Any]) -> Step | None:
+        """One of Generator.iterate's results. What a stop token cut off is in `held`, and the stop token with it."""
+        seq = result["job"].identifier
+        row = self.rows.get(seq)
+        if row is None or result["stage"] not in ("streaming", "error"):
+            return None
+        if result["stage"] == "error":
+            return Step(seq, (), error=EngineFailed(f"exllamav3 failed: {one_line(result['error'])}"))
+        tokens: list[int] = []
+        scores: list[Scored] = []
+        for part in (result, result.get("held") or {} if result["eos"] else {}):
+            if "token_ids" in part:
+                tokens += part["token_ids"][0].tolist()
+                scores += self.scores_of(part) if row.sampling.logprobs is not None else ()
+        cached = row.job.cached_pages * self.PAGE + row.job.cached_tokens if tokens and not row.count else None
+        row.count += len(tokens)
+        if result["eos"] and result["eos_reason"] == "end_filter":
+            tokens.append(min(self.eos))  # the constraint leaves nothing but the end, which other engines have the model sample
+            scores += [Scored(0.0)] if row.sampling.logprobs is not None else ()
+        elif result["eos"] and result["eos_reason"] != "stop_token" and row.count < (row.sampling.max_tokens or 0):
+            return Step(seq, (), error=EngineFailed(f"exllamav3 ended after {row.count} tokens: {result['eos_reason']}"))
+        return Step(seq, tokens, scores, cached=cached) if tokens else None
+
+    def scores_of(self, part: dict[str, Any]) -> list[Scored]:
+        """token_probs (1, n), and top_k_tokens and top_k_probs (1, n, k): the softmax of the raw logits, so 0 may be among them."""
+        own = [log_of(p) for p in part["token_probs"][0].tolist()]
+        if "top_k_tokens" not in part:
+            return [Scored(logprob) for logprob in own]
+        ids, probs = part["top_k_tokens"][0].tolist(), part["top_k_probs"][0].tolist()
+        tops = [[(i, log_of(p)) for i, p in zip(*pair, strict=True)] for pair in zip(ids, probs, strict=True)]
+        return [Scored(logprob, top) for logprob, top in zip(own, tops, strict=True)]
+
+    def cancel(self, seq: int) -> None:
+        self.generator.cancel(self.rows.pop(seq).job)
+
+    def embed(self, ids: list[int]) -> Iterator[list[float]]:
+        raise Refused("This engine has no embeddings; llamacpp and transformers have.", "model")
+
+    def close(self) -> None:
+        self.generator.clear_queue()
+        self.generator.close()
+        self.model.unload()
+
+
+class Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # its own ends the process
+        raise ValueError(message)
+
+
+def log_of(probability: float) -> float:
+    return math.log(max(probability, 1e-38))  # JSON has no minus infinity
+
+
+def lacks_cuda(torch: Any) -> str | None:
+    """Why exllamav3 cannot run here, in one line. Asked before it is imported, which would begin to compile, or break oddly."""
+    if not (torch.version.cuda or torch.version.hip):
+        return (
+            f"exllamav3 needs a torch that is built for CUDA, and torch {torch.__version__} is for CPU alone: see pytorch.org"
+        )
+    if not torch.cuda.is_available():
+        return "exllamav3 needs a CUDA GPU, and torch sees none"
+    if importlib.util.find_spec("exllamav3_ext"):
+        return None
+    if not shutil.which("ninja"):
+        return "exllamav3 compiles its CUDA code when it first runs, which needs ninja on the PATH: pip install ninja"
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")  # where torch looks for nvcc
+    if torch.version.cuda and not cuda and not os.path.exists("/usr/local/cuda"):
+        return (
+            "exllamav3 compiles its CUDA code when it first runs, which needs nvcc: install the CUDA toolkit and set CUDA_HOME"
+        )
+    return None
+
+
+def has_gpu() -> bool:
+    """Is there a device that CUDA or ROCm may use? Looks at device files alone; where there are none to look at: maybe."""
+    return os.name == "nt" or bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg") or os.path.exists("/dev/kfd")
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    "openvino": OpenVino,
+    "llamacpp": LlamaCpp,
+    "transformers": Transformers,
+    "exllamav3": ExLlamaV3,
+}
 LACKS = {name: backend.LACKS for name, backend in BACKENDS.items()} | UPSTREAMS  # of every engine
+WITH_EMBEDDINGS = [name for name, lacks in LACKS.items() if "embeddings" not in lacks]
 
 
 def installed(requirement: str) -> str:
+    """Name and version of a distribution, given as pip takes it."""
     name = requirement.split("==")[0]
     return f"{name} {importlib.metadata.version(name)}"
 
 
 def missing_library(name: str) -> str | None:
-    """None when the backend's library is installed, else one line that says what brings it. Imports nothing."""
+    """None when what the backend needs is there, else one line that says what is missing. Imports nothing."""
     backend = BACKENDS[name]
-    if importlib.util.find_spec(backend.LIBRARY):
-        return None
-    return f"backend {name} needs {backend.LIBRARY}: pip install {backend.INSTALL}"
+    if name == "exllamav3" and not has_gpu():
+        return "backend exllamav3 needs a CUDA GPU, and this machine shows none"
+    if missing := [library for library in backend.LIBRARIES if not importlib.util.find_spec(library)]:
+        return f"backend {name} needs {' and '.join(missing)}: pip install {backend.INSTALL}"
+    return None
+
+
+def fits_exllamav3(folder: str, architecture: str) -> bool:
+    """Does exllamav3 know this unquantised folder's architecture? It cannot trim hidden sizes that it has had to pad."""
+    package = importlib.util.find_spec("exllamav3")
+    if not package or not package.submodule_search_locations or read_json(folder, "config.json").get("hidden_size", 0) % 128:
+        return False
+    for source in glob.glob(os.path.join(package.submodule_search_locations[0], "architecture", "*.py")):
+        with open(source, encoding="utf-8") as f:
+            if f'"{architecture}"' in f.read():
+                return True
+    return False

@@ -93,7 +93,7 @@ FALLBACK = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}  # where neither the r
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The engine has taken the request: the first event of every job that is not refused."""
+    """The engine has taken the request: the first event of every job that is not refused. More of them add up."""
 
     prompt_tokens: int
     cached_tokens: int | None  # None: this engine cannot tell, and we do not guess
@@ -176,6 +176,12 @@ class EngineSpec:
     embeddings: bool = False  # also load what is needed for embeddings
     length: int | None = None  # most tokens that a request may use; None: what the model and the cache allow
     key: str = field(default="", repr=False)  # of an upstream
+    device: str = "auto"  # where torch computes
+    dtype: str = "auto"  # and with what
+    draft: str = ""  # a small model of the same vocabulary, for speculative decoding
+    ngram: int = 0  # speculative decoding by what so many last tokens were followed by before; 0: off
+    draft_tokens: int = 0  # how many are guessed at once; 0: the engine's default
+    options: tuple[str, ...] = ()  # flags of exllamav3's own model_init, as they stood on the command line
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +216,8 @@ class Step(NamedTuple):
     tokens: Sequence[int]
     logprobs: Sequence[Scored] = ()  # one for each token, where wanted
     scores: Sequence[Scored] = ()  # one for each prompt token, with the first of `tokens`, where wanted
-    refused: Refused | None = None  # the sequence cannot go on: its job is told so, and ends
+    error: Refused | EngineFailed | None = None  # the sequence cannot go on: its job is told so, and ends
+    cached: int | None = None  # tokens found in the KV cache beside those that start() knew of
 
 
 class Template(Protocol):
@@ -231,9 +238,10 @@ class Backend(Protocol):
     and how many may come is the loop's business. A binding may stop a sequence by itself, never emit past the end.
     """
 
-    LIBRARY: ClassVar[str]  # the module to import
+    LIBRARIES: ClassVar[tuple[str, ...]]  # the modules that it imports, its own first
     INSTALL: ClassVar[str]  # what `pip install` brings it
     LACKS: ClassVar[frozenset[str]]  # names out of FEATURES
+    SPECULATES: ClassVar[frozenset[str]]  # with "draft", "ngram" or both of EngineSpec
     library: str  # what was imported, with its version
     slots: int
     threads: int
@@ -532,9 +540,11 @@ class EngineLoop:
             choice = self.active.get(step.seq)
             if choice is None:
                 continue  # its job has just been refused
-            if step.refused:
+            if step.cached is not None and choice.index % choice.request.sampling.n == 0:
+                self.out.append((choice.request.job, Started(0, step.cached, time.monotonic())))
+            if step.error:
                 self.cancel(choice.request.job)
-                self.out.append((choice.request.job, step.refused))
+                self.out.append((choice.request.job, step.error))
             elif self.emit(choice, step):
                 del self.active[step.seq]
                 self.backend.cancel(step.seq)
@@ -679,7 +689,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         threads=backend.threads,
         context=backend.context,
         cache_tokens=backend.cache_tokens,
-        fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
+        fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads, spec.dtype, spec.draft, spec.ngram),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
     )
     tell("ready", info)
@@ -892,12 +902,12 @@ class Engine(Jobs):
         with self.lock:
             self.dead = reason
             jobs, self.jobs = list(self.jobs.values()), {}
+        self.tell()  # before its jobs: a client that has got a 500 may ask for /health at once
         for job in jobs:
             job.events.put(EngineFailed(reason))
         self.gone.set()
         self.outbox.put(None)
         self.conn.close()
-        self.tell()
 
     def watch(self) -> None:
         while not self.gone.wait(1):

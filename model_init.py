@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from backends import BACKENDS, LACKS, missing_library, read_gguf
+from backends import BACKENDS, LACKS, WITH_EMBEDDINGS, fits_exllamav3, missing_library, read_gguf, read_json
 from engine import UPSTREAMS, Engine, EngineFailed, EngineSpec, Job, QueueFull, log
 from upstream import Upstream
 
@@ -145,7 +145,8 @@ def add_default_args(group: argparse._ArgumentGroup) -> None:
 def add_engine_args(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--backend", choices=["auto", *LACKS], default="auto",
-        help="auto: openvino for an IR folder; llamacpp for a .gguf where it is installed, else openvino")  # fmt: skip
+        help="auto: openvino for an IR folder; llamacpp for a .gguf where it is installed, else openvino; "
+        "exllamav3 for a Hugging Face folder where it can run, else transformers")  # fmt: skip
     add("--upstream", metavar="URL", help="serve what another server serves, with --backend vllm, tensorrt_llm or openai")
     add("--upstream-key-env", metavar="NAME", help="the environment variable that holds the upstream's API key")
     add("--threads", type=whole(1, 1024), default=0, metavar="N", help="threads of the engine; default: one per physical core")
@@ -157,7 +158,20 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
         metavar="TOKENS",
         help="most tokens of one request; default: what model and cache allow",
     )
-    add("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp)")
+    add("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp, transformers)")
+    add("-dm", "--draft-model-dir", metavar="PATH",
+        help="speculative decoding: a small model of the same vocabulary guesses ahead (exllamav3)")  # fmt: skip
+    add("-ngram", "--ngram-match-min", type=whole(0, 64), default=0, metavar="N",
+        help="speculative decoding: guess what followed the last N tokens before; 0: off (openvino, llamacpp, exllamav3)")  # fmt: skip
+    add("-ndt", "--num-draft-tokens", type=whole(1, 64), metavar="N", help="tokens guessed at once (default 4)")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="transformers: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one",
+    )
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="what to compute with (transformers, openvino); with float32 greedy text does not depend on what else runs")  # fmt: skip
 
 
 def add_limit_args(group: argparse._ArgumentGroup) -> None:
@@ -175,8 +189,7 @@ EXLLAMAV3_VALUES = """-gs --gpu-split, -or --override, -mcl --moe-cpu-offload, -
     -tpb --tp-backend, -tp_attn --tp-max-parallelism-attn, -tp_mlp --tp-max-parallelism-mlp, -tp_moe --tp-max-parallelism-moe,
     -tp_linear --tp-max-parallelism-linear, -tp_linear_attn --tp-max-parallelism-linear-attn, -ambs --autosplit-max-batch-size,
     -chunk_size --chunk-size, -layer_map --layer-map, -cq --cache-quant, -cca --cache-compand-a, -ccs --cpu-cache-size,
-    -dcd --disk-cache-dir, -dcs --disk-cache-size, -rcs --recurrent-cache-size, -dm --draft-model-dir, -ndt --num-draft-tokens,
-    -ngram --ngram-match-min, -hdt --hybrid-draft-tokens, -ngram_corpus --ngram-corpus, -sdh --sparse-draft-head,
+    -dcd --disk-cache-dir, -dcs --disk-cache-size, -rcs --recurrent-cache-size, -hdt --hybrid-draft-tokens, -ngram_corpus --ngram-corpus, -sdh --sparse-draft-head,
     -dc --draft-confidence, -dmcl --draft-moe-cpu-layers"""
 EXLLAMAV3_SWITCHES = """-lm --load-metrics, -tp --tensor-parallel, -mcpa --moe-cpu-pinned-arena, -ngl --ngram-lock, -ngr --ngram-ram,
     -embd --embed-disk, -tp_moe_ts --tp-moe-tensor-split, -swa_full --swa-full, -lv --load-verbose, -asnf --autosplit-no-forward,
@@ -184,15 +197,17 @@ EXLLAMAV3_SWITCHES = """-lm --load-metrics, -tp --tensor-parallel, -mcpa --moe-c
 
 
 def add_exllamav3_args(parser: argparse.ArgumentParser) -> None:
-    """Accepted, so that its users' command lines start; warn_useless() tells which of them do nothing."""
+    """Kept as they stand for exllamav3's own parser; other engines have no use for them, and the log says so."""
     for names, more in ((EXLLAMAV3_VALUES, {}), (EXLLAMAV3_SWITCHES, {"nargs": 0})):
         for pair in names.split(","):
-            parser.add_argument(*pair.split(), dest="useless", action=Useless, default=[], help=argparse.SUPPRESS, **more)  # type: ignore[arg-type]
+            parser.add_argument(*pair.split(), dest="exllamav3", action=Keep, default=[], help=argparse.SUPPRESS, **more)  # type: ignore[arg-type]
 
 
-class Useless(argparse.Action):
+class Keep(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        namespace.useless = [*namespace.useless, option_string]
+        name = option_string or ""
+        name = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+        namespace.exllamav3 = [*namespace.exllamav3, name, *([values] if isinstance(values, str) else [])]
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -262,8 +277,6 @@ def profile_of(args: argparse.Namespace) -> Profile:
 
 def init(args: argparse.Namespace) -> Models:
     """Find the models and the backend that the arguments ask for; nothing is loaded yet. Raises UsageError."""
-    if args.useless:
-        log.warning("%s: accepted, but the engines here have no use for it", ", ".join(args.useless))
     catalog = find_models(args)
     template = read_template(args.chat_template)
     profile = profile_of(args)
@@ -274,9 +287,13 @@ def init(args: argparse.Namespace) -> Models:
             key = os.environ.get(args.upstream_key_env or "", "")
             return EngineSpec(backend, args.upstream, args.max_parallel, key=key)
         backend = choose_backend(model, args.backend)
-        embeddings = args.embeddings and "embeddings" not in BACKENDS[backend].LACKS
+        embeddings = args.embeddings and backend in WITH_EMBEDDINGS
         path = str(model.path)
-        return EngineSpec(backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length)
+        return EngineSpec(
+            backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
+            device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
+            draft_tokens=args.num_draft_tokens or 0, options=tuple(args.exllamav3),
+        )  # fmt: skip
 
     models = Models(
         catalog,
@@ -293,13 +310,40 @@ def init(args: argparse.Namespace) -> Models:
             unknown=profile.unknown_model,
         ),
     )
-    for model in catalog.fixed:
-        if not models.spec(model).embeddings and args.embeddings:
-            raise UsageError("--embeddings needs --backend llamacpp")
+    check_engine_flags(args, {models.spec(model).backend for model in catalog.fixed})
     for name in [args.default_model, *preloaded(args)]:
         if name and catalog.find(name) is None:
             raise UsageError(f"there is no model {name!r} to load; there are: {', '.join(catalog.models()) or 'none'}")
     return models
+
+
+def engine_flags() -> dict[str, list[str]]:
+    """Flags that mean something to some engines only."""
+    speculate = {how: [name for name, backend in BACKENDS.items() if how in backend.SPECULATES] for how in ("draft", "ngram")}
+    return {
+        "embeddings": WITH_EMBEDDINGS,
+        "device": ["transformers"],
+        "dtype": ["openvino", "transformers"],
+        "draft_model_dir": speculate["draft"],
+        "ngram_match_min": speculate["ngram"],
+    }
+
+
+def check_engine_flags(args: argparse.Namespace, used: Collection[str]) -> None:
+    """Refuses what the engine of the one model that is served could not honour. Raises UsageError."""
+    for flag, able in engine_flags().items():
+        if getattr(args, flag) not in UNSET and used and not set(able) & set(used):
+            raise UsageError(f"--{flag.replace('_', '-')} needs --backend {' or '.join(able)}")
+    if args.draft_model_dir and not Path(args.draft_model_dir).exists():
+        raise UsageError(f"--draft-model-dir {args.draft_model_dir}: no such file or folder")
+    if args.num_draft_tokens and not (args.draft_model_dir or args.ngram_match_min or args.exllamav3):
+        raise UsageError("--num-draft-tokens needs --draft-model-dir or --ngram-match-min")
+    if args.exllamav3 and used and "exllamav3" not in used:
+        names = ", ".join(word for word in args.exllamav3 if word.startswith("-"))
+        log.warning("%s: for exllamav3 alone, backend %s has no use for it", names, *used)
+
+
+UNSET = (None, False, 0, "auto")
 
 
 def preloaded(args: argparse.Namespace) -> list[str]:
@@ -333,8 +377,8 @@ def upstream_model(args: argparse.Namespace) -> Model:
         raise UsageError(f"--upstream {args.upstream}: not a URL like http://localhost:8000")
     if args.upstream_key_env and not os.environ.get(args.upstream_key_env):
         raise UsageError(f"--upstream-key-env {args.upstream_key_env}: there is no such environment variable")
-    for flag in ("model_dir", "models_dir", "chat_template", "cache_size", "length", "record", "embeddings"):
-        if getattr(args, flag, None):
+    for flag in ("model_dir", "models_dir", "chat_template", "cache_size", "length", "record", *engine_flags()):
+        if getattr(args, flag, None) not in UNSET:
             raise UsageError(f"--{flag.replace('_', '-')} has no meaning with --upstream: that server has its own")
     if profile_of(args).top_k and "extensions" in LACKS["openai" if args.backend == "auto" else args.backend]:
         raise UsageError("such an upstream has no top_k: add --default-top-k 0, or take --backend vllm")
@@ -364,9 +408,15 @@ SIGNS = {"openvino": ("openvino_*.*",), "gguf": ("*.gguf",), "hf": ("*.safetenso
 LOADERS: dict[str, tuple[str, ...]] = {  # who can load it, best first
     "gguf": ("llamacpp", "openvino"),
     "openvino": ("openvino",),
-    "hf": (),
+    "hf": ("exllamav3", "transformers"),
+    "exl3": ("exllamav3",),
 }
-KINDS = {"gguf": "a GGUF file", "openvino": "an OpenVINO IR folder", "hf": "a Hugging Face folder"}
+KINDS = {
+    "gguf": "a GGUF file",
+    "openvino": "an OpenVINO IR folder",
+    "hf": "a Hugging Face folder",
+    "exl3": "an EXL3 folder",
+}
 OPENVINO_GGUF = ("llama", "qwen2", "qwen3")  # architectures that OpenVINO's own GGUF reader knows
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(?:gguf|safetensors)$)")  # a file that is one of several
 QUANTISATION = re.compile(r"[.-](?:i?q\d\w*|tq\d_\d|mxfp4\w*|bf16|f16|f32|fp16)$", re.IGNORECASE)
@@ -431,7 +481,11 @@ def models_in(path: Path, names: Collection[str], id: str, lenient: bool = False
         if lacks := [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]:
             raise Incomplete(f"{KINDS[kind]} without {', '.join(lacks)}")
         weights = "openvino_model.bin" if kind == "openvino" else min(fnmatch.filter(names, "*.safetensors"))
-        return [Model(id, path, kind, int((path / weights).stat().st_mtime))]
+        config = read_json(str(path), "config.json") if kind == "hf" else {}
+        quantised, known = config.get("quantization_config"), config.get("architectures")
+        kind = "exl3" if isinstance(quantised, dict) and quantised.get("quant_method") == "exl3" else kind
+        architecture = str(known[0]) if isinstance(known, list) and known else ""
+        return [Model(id, path, kind, int((path / weights).stat().st_mtime), architecture)]
     files = sorted(n for n in fnmatch.filter(names, "*.gguf") if not n.startswith("mmproj"))
     if lacks := missing_files("gguf", files):
         raise Incomplete(f"a GGUF model without {', '.join(lacks)}")
@@ -616,16 +670,12 @@ def choose_backend(model: Model, asked: str) -> str:
     able = LOADERS[model.kind]
     if model.kind == "gguf" and model.architecture not in OPENVINO_GGUF:
         able = ("llamacpp",)
-    if asked != "auto" or not able:
-        if asked not in able:
-            what = f"{KINDS[model.kind]} of architecture {model.architecture}" if model.architecture else KINDS[model.kind]
-            who = f"backend {asked}" if asked != "auto" else "no engine here"
-            raise UsageError(
-                f"{who} can load {what}"
-                if asked == "auto"
-                else f"{who} cannot load {what}; {' and '.join(able) or 'none here'} can"
-            )
-        able = (asked,)
+    if model.kind == "hf" and asked == "auto" and not fits_exllamav3(str(model.path), model.architecture):
+        able = ("transformers",)
+    if asked != "auto" and asked not in able:
+        what = f"{KINDS[model.kind]} of architecture {model.architecture}" if model.architecture else KINDS[model.kind]
+        raise UsageError(f"backend {asked} cannot load {what}; {' and '.join(able)} can")
+    able = able if asked == "auto" else (asked,)
     missing = [missing_library(name) for name in able]
     for name, lack in zip(able, missing, strict=True):
         if lack is None:

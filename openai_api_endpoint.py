@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import model_init
-from backends import LACKS
+from backends import LACKS, WITH_EMBEDDINGS
 from constraints import (
     Unsupported,
     choice_grammar,
@@ -1524,7 +1524,10 @@ class Handler(BaseHTTPRequestHandler):
         prompts = require(values, "input", EMBEDDINGS)
         if not self.server.models.spec(self.model).embeddings:
             raise ApiError(
-                400, "Start the server with --embeddings (and --backend llamacpp).", "model", "unsupported_parameter"
+                400,
+                f"Start the server with --embeddings (engines: {', '.join(WITH_EMBEDDINGS)}).",
+                "model",
+                "unsupported_parameter",
             )
         answer = self.ask("embed", prompts=prompts)
         data = [embedding(i, vector, values) for i, vector in enumerate(answer["vectors"])]

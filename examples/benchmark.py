@@ -256,7 +256,94 @@ class RawLlamaCpp:
             lib.llama_sampler_free(chain)
 
 
-RAW: dict[str, Any] = {"openvino": RawOpenVino, "llamacpp": RawLlamaCpp}
+class RawTransformers:
+    """The library's own continuous batching with its own thread and sampler: add_request, get_result."""
+
+    def __init__(self, path: str, slots: int, threads: int):
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        lib: Any = transformers
+        lib.logging.set_verbosity_error()
+        lib.logging.disable_progress_bar()
+        model = lib.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = lib.AutoTokenizer.from_pretrained(path)
+        page = 256 if torch.cuda.is_available() else 32
+        self.manager = model.init_continuous_batching(
+            generation_config=lib.GenerationConfig(do_sample=True, temperature=0.8),
+            continuous_batching_config=lib.ContinuousBatchingConfig(
+                page_size=page, num_blocks=slots * 1024 // page, max_batch_tokens=256, max_requests_per_batch=slots
+            ),
+        )
+        self.manager.start()
+        self.numbers = iter(range(1 << 30))
+
+    def run(self, prompts: list[str], tokens: int, ignore_eos: bool, token: Callable[[int], None]) -> None:
+        stop = -1 if ignore_eos else self.tokenizer.eos_token_id
+        streams: dict[str, list[int]] = {}  # request → which prompt, and how many of its tokens have come
+        for i, text in enumerate(prompts):
+            chat = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            ids = self.tokenizer.encode(chat, add_special_tokens=False)
+            name = str(next(self.numbers))
+            streams[name] = [i, 0]
+            self.manager.add_request(ids, name, max_new_tokens=tokens, streaming=True, eos_token_id=stop)
+        while streams:
+            result = self.manager.get_result(timeout=60)
+            if result is None or result.error:
+                raise RuntimeError(f"transformers' batching has stopped: {result and result.error}")
+            stream = streams[result.request_id]
+            for _ in result.generated_tokens[stream[1] :]:
+                token(stream[0])
+            stream[1] = len(result.generated_tokens)
+            if result.is_finished():
+                del streams[result.request_id]
+
+
+class RawExLlamaV3:
+    """Generator: enqueue, iterate."""
+
+    def __init__(self, path: str, slots: int, threads: int):
+        import exllamav3 as lib
+
+        self.lib: Any = lib
+        config = self.lib.Config.from_directory(path)
+        model = self.lib.Model.from_config(config)
+        cache = self.lib.Cache(model, max_num_tokens=slots * 1024)
+        model.load()
+        model.warmup(cache=cache)
+        self.tokenizer = self.lib.Tokenizer.from_config(config)
+        self.eos = config.eos_token_id_list
+        self.generator = self.lib.Generator(model=model, cache=cache, tokenizer=self.tokenizer, max_batch_size=slots)
+
+    def run(self, prompts: list[str], tokens: int, ignore_eos: bool, token: Callable[[int], None]) -> None:
+        for i, text in enumerate(prompts):
+            job = self.lib.Job(
+                input_ids=self.tokenizer.encode(text, encode_special_tokens=True),
+                max_new_tokens=tokens,
+                sampler=self.lib.ComboSampler(temperature=0.8),
+                seed=i,
+                stop_conditions=[] if ignore_eos else self.eos,
+                max_rq_tokens=2048,
+                identifier=i,
+            )
+            self.generator.enqueue(job)
+        while self.generator.num_remaining_jobs():
+            for result in self.generator.iterate():
+                if "token_ids" in result:
+                    for _ in range(result["token_ids"].shape[-1]):
+                        token(result["identifier"])
+
+
+RAW: dict[str, Any] = {
+    "openvino": RawOpenVino,
+    "llamacpp": RawLlamaCpp,
+    "transformers": RawTransformers,
+    "exllamav3": RawExLlamaV3,
+}
 
 
 def raw_worker(name: str, path: str, slots: int, threads: int, conn: Connection) -> None:

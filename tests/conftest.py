@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model_init  # noqa: E402
 import openai_api_endpoint as endpoint  # noqa: E402
-from backends import missing_library  # noqa: E402
+from backends import WITH_EMBEDDINGS, missing_library  # noqa: E402
 from engine import EngineSpec  # noqa: E402
 
 
@@ -136,6 +137,16 @@ def demo():
     return model_init.demo_model()
 
 
+@pytest.fixture(scope="session")
+def hf_folder(demo, tmp_path_factory):
+    """The demo model for transformers, made once; in a process of its own, since this one has no use for torch."""
+    if lack := missing_library("transformers"):
+        pytest.skip(lack)
+    folder = tmp_path_factory.mktemp("hf") / "SmolLM2-135M-Instruct"
+    subprocess.run([sys.executable, ROOT / "tests" / "hf_folder.py", demo.path, folder], check=True, capture_output=True)
+    return folder
+
+
 @contextlib.contextmanager
 def serve_upstream(url, backend="vllm", max_jobs=40, slots=8, **options):
     """A server that has another one for its engine."""
@@ -144,7 +155,7 @@ def serve_upstream(url, backend="vllm", max_jobs=40, slots=8, **options):
         yield served
 
 
-@pytest.fixture(scope="session", params=["openvino", "llamacpp", "vllm"])
+@pytest.fixture(scope="session", params=["openvino", "llamacpp", "transformers", "vllm"])
 def served(request, demo):
     """The demo model on each engine that is installed; vllm: behind another server, which is this one again."""
     if request.param == "vllm":
@@ -159,7 +170,7 @@ def served(request, demo):
         return
     if lack := missing_library(request.param):
         pytest.skip(lack)
-    with serve_one(
-        demo, EngineSpec(request.param, str(demo.path), 8, 0, 16384, embeddings=request.param == "llamacpp")
-    ) as served:
+    path = request.getfixturevalue("hf_folder") if request.param == "transformers" else demo.path
+    spec = EngineSpec(request.param, str(path), 8, 0, 16384, embeddings=request.param in WITH_EMBEDDINGS)
+    with serve_one(demo, spec) as served:
         yield served

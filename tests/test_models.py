@@ -161,10 +161,44 @@ def test_a_file_and_a_folder_of_one_name(tmp_path):
     assert len(listed(tmp_path)) == 2
 
 
-def test_a_model_that_no_engine_here_loads_is_listed_and_refused(tmp_path):
+def test_which_engine_loads_what(tmp_path, monkeypatch):
+    """The table in README; an engine that is asked for and cannot load a model names those that can."""
+    write_files(tmp_path / "hf", HF)
+    write_files(tmp_path / "exl3", HF)
+    (tmp_path / "exl3" / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "exl3"}}'
+    )
+    write_files(tmp_path / "ir", IR)
+    write_gguf(tmp_path / "llama.gguf", architecture="llama")
+    write_gguf(tmp_path / "other.gguf", architecture="gemma3")
+    models = Catalog(tmp_path).models()
+    monkeypatch.setattr(model_init, "missing_library", lambda name: None)
+    monkeypatch.setattr(model_init, "fits_exllamav3", lambda folder, architecture: False)
+    chosen = {name: choose_backend(model, "auto") for name, model in models.items()}
+    assert chosen == {"hf": "transformers", "exl3": "exllamav3", "ir": "openvino", "llama": "llamacpp", "other": "llamacpp"}
+    monkeypatch.setattr(model_init, "fits_exllamav3", lambda folder, architecture: True)
+    assert choose_backend(models["hf"], "auto") == "exllamav3"
+    monkeypatch.setattr(model_init, "missing_library", lambda name: "no " + name if name in ("llamacpp", "exllamav3") else None)
+    assert [choose_backend(models[name], "auto") for name in ("hf", "llama")] == ["transformers", "openvino"]
+    for name, asked, says in (
+        ("hf", "llamacpp", "backend llamacpp cannot load a Hugging Face folder; exllamav3 and transformers can"),
+        ("exl3", "transformers", "an EXL3 folder of architecture LlamaForCausalLM; exllamav3 can"),
+        ("ir", "llamacpp", "an OpenVINO IR folder; openvino can"),
+        ("other", "openvino", "a GGUF file of architecture gemma3; llamacpp can"),
+        ("other", "auto", "^no llamacpp$"),
+        ("exl3", "auto", "^no exllamav3$"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            choose_backend(models[name], asked)
+
+
+@pytest.mark.parametrize(
+    "config", ['{"architectures": "x", "quantization_config": 3}', "[]", "no json", '{"architectures": []}']
+)
+def test_an_odd_config_json_is_a_model_all_the_same(tmp_path, config):
     write_files(tmp_path / "m", HF)
-    with pytest.raises(UsageError, match="Hugging Face"):
-        choose_backend(Catalog(tmp_path).models()["m"], "auto")
+    (tmp_path / "m" / "config.json").write_text(config)
+    assert Catalog(tmp_path).models()["m"].kind == "hf"
 
 
 def test_two_thousand_folders(tmp_path):
@@ -586,22 +620,23 @@ def test_a_pipe_is_no_model(tmp_path):
 
 
 def test_a_model_that_nothing_here_loads(tmp_path):
-    write_files(tmp_path / "a-hf", HF)
+    write_files(tmp_path / "a-exl3", HF)
+    (tmp_path / "a-exl3" / "config.json").write_text('{"quantization_config": {"quant_method": "exl3"}}')
     write_gguf(tmp_path / "b.gguf")
     limits = model_init.Limits(load_wait=60)
     (tmp_path / "scripted").mkdir()
 
     def make_spec(model):
-        if model.kind == "hf":
-            choose_backend(model, "auto")
+        if model.kind == "exl3":
+            choose_backend(model, "llamacpp")
         return EngineSpec("scripted:Scripted", str(tmp_path / "scripted"))
 
     with serve(model_init.Models(Catalog(tmp_path), make_spec, limits), ready=False) as served:
         for path, body in (
-            ("/v1/embeddings", {"input": "x"}),
+            ("/tokenize", {"content": "x"}),
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
         ):
-            status, reply, _ = served.request("POST", path, body | {"model": "a-hf"})
+            status, reply, _ = served.request("POST", path, body | {"model": "a-exl3"})
             assert (status, reply["error"]["param"], reply["error"]["code"]) == (400, "model", "unsupported_model")
         assert served.chat("echo hi", max_tokens=9)[1]["model"] == "b"  # nor is it the default one
         assert served.request("GET", "/health")[0] == 200
@@ -750,7 +785,25 @@ def test_flags_of_exllamav3_are_accepted():
     line = "-m x -gs 10,20 -cs 4096 -cq 4,4 -tp -tpb nccl -nw -lm -swa_full -chunk_size 512 --draft_model_dir y --length 2048"
     args = endpoint.parse_args([*line.split(), "--batch_size", "3", "--tp-max-parallelism-mlp", "2", "-tp_attn", "1"])
     assert (args.model_dir, args.cache_size, args.length, args.max_parallel) == ("x", 4096, 2048, 3)
-    assert args.useless[:3] == ["-gs", "-cq", "-tp"] and len(args.useless) == 11
+    assert args.exllamav3 == [
+        "-gs",
+        "10,20",
+        "-cq",
+        "4,4",
+        "-tp",
+        "-tpb",
+        "nccl",
+        "-nw",
+        "-lm",
+        "-swa_full",
+        "-chunk_size",
+        "512",
+        "--tp_max_parallelism_mlp",
+        "2",
+        "-tp_attn",
+        "1",
+    ]
+    assert args.draft_model_dir == "y"
 
 
 def test_llm_serves_error_codes(tmp_path):
