@@ -343,7 +343,7 @@ def check_engine_flags(args: argparse.Namespace, used: Collection[str]) -> None:
         log.warning("%s: for exllamav3 alone, backend %s has no use for it", names, *used)
 
 
-UNSET = (None, False, 0, "auto")
+UNSET = (None, "", False, 0, "auto")
 
 
 def preloaded(args: argparse.Namespace) -> list[str]:
@@ -960,7 +960,8 @@ class Models:
             if life.restart_at or promised or now < life.since + HOLD_S:
                 raise NotReady(f"the model failed: {life.failure}")
         if life.state == "loading" and life.model.kind == "upstream":
-            raise NotReady(f"{self.spec(life.model).path} is not there yet")
+            why = life.engine.why if isinstance(life.engine, Upstream) and life.engine.why else "it has not answered"
+            raise NotReady(f"{self.spec(life.model).path} is not there yet: {why}")
         if life.state not in ("unloaded", "failed") or self.switch:
             return
         self.spec(life.model)

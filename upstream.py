@@ -39,6 +39,7 @@ from engine import (
 
 POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
+REFUSALS = (400, 413, 422)  # an upstream's words for: not with this request
 
 
 class UpstreamFailed(EngineFailed):
@@ -117,6 +118,7 @@ class Upstream(Jobs):
         self.slots = Slots(spec.slots)
         self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)  # under the lock
         self.gone = threading.Event()
+        self.why = ""  # it is not there yet
         threading.Thread(target=self.watch, name="upstream-watch", daemon=True).start()
 
     # ── the face of an engine ──
@@ -126,6 +128,8 @@ class Upstream(Jobs):
         path, body = request_body(prompts, sampling, self.info.model)
         if "extensions" in UPSTREAMS[self.spec.backend]:
             body.pop("top_k", None)  # only its neutral values have come so far, and they too are beyond OpenAI's
+        else:
+            body |= for_vllm(sampling)
         try:
             data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         except RecursionError:
@@ -184,9 +188,10 @@ class Upstream(Jobs):
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 failures += 1
                 if self.info is None:
-                    log.log(30 if failures == 1 else 10, "%s is not there yet: %s", self.spec.path, error)
+                    log.log(30 if str(error) != self.why else 10, "%s is not there yet: %s", self.spec.path, error)
+                    self.why = str(error)
                 elif failures == 3:
-                    self.die(f"{self.spec.path} has gone: {error}")
+                    self.die(f"{self.spec.path} has gone: {error}", isinstance(error, ConnectionRefusedError))
             self.gone.wait(POLL_S if self.info else POLL_S / 4)
 
     def be_ready(self, listing: Any) -> None:
@@ -199,11 +204,16 @@ class Upstream(Jobs):
         self.progress = 1.0
         self.tell()
 
-    def die(self, reason: str) -> None:
+    def die(self, reason: str, closed: bool) -> None:
+        """`closed`: nobody listens any more. One that is only slow may yet answer the jobs that it has."""
         with self.lock:
             self.dead = reason
+            jobs = list(self.jobs.values()) if closed else []
         self.gone.set()
         self.tell()
+        for job in jobs:  # vLLM, told to stop, waits for its streams without another byte
+            self.drop(job)
+            job.events.put(UpstreamFailed(reason))
 
     # ── one job ──
 
@@ -299,6 +309,16 @@ def request_body(prompts: Sequence[Prompt], s: Sampling, model: str) -> tuple[st
     return path, body
 
 
+def for_vllm(s: Sampling) -> dict[str, Any]:
+    """What vLLM wants said in another way: it takes seed -1 for none (choice i has seed + i), and refuses n greedy choices."""
+    fields: dict[str, Any] = {}
+    if s.seed is not None and s.seed < 0 <= s.seed + s.n:
+        fields["seed"] = s.seed + 2**62
+    if s.temperature == 0 and s.n > 1:
+        fields |= {"temperature": 1, "top_k": 1}
+    return fields
+
+
 def events(reply: http.client.HTTPResponse) -> Iterator[Any]:
     """The JSON of server-sent events as they come, up to [DONE]. Raises UpstreamFailed, ValueError."""
     rest = b""
@@ -313,8 +333,10 @@ def events(reply: http.client.HTTPResponse) -> Iterator[Any]:
                 return
             event = json.loads(text)
             if "error" in event:
-                error = event["error"]
-                raise UpstreamFailed(str(error.get("message") if isinstance(error, dict) else error)[:300])
+                error = event["error"] if isinstance(event["error"], dict) else {"message": event["error"]}
+                if error.get("code") in REFUSALS:  # vLLM: HTTP 200, and then what would have been a 400
+                    raise failure(error["code"], None, text)
+                raise UpstreamFailed(str(error.get("message"))[:300])
             yield event
     raise UpstreamFailed("it ended without [DONE]")
 
@@ -339,16 +361,21 @@ class Answer:
         now = time.monotonic()
         self.job.events.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
         # Where the upstream counts nothing, a piece is a token, as near as it gets.
-        tokens = int(usage.get("completion_tokens", self.pieces))
+        tokens = int(usage.get("completion_tokens", self.pieces)) if self.sampling.max_tokens != 0 else 0  # vLLM counts one
         for index, finish in self.finish.items():
             self.job.events.put(Delta(index, "", tokens, finish, (), now))
             tokens = 0
 
     def choice(self, choice: dict[str, Any]) -> None:
-        index, text = int(choice["index"]), choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        delta = choice.get("delta") or {}
+        index, text = int(choice["index"]), choice.get("text") or delta.get("content") or ""
+        if delta.get("reasoning") or delta.get("reasoning_content"):  # dropped, it would be paid for and not seen
+            raise UpstreamFailed("it splits reasoning from the answer: start it without a reasoning parser")
         if not 0 <= index < self.job.open:
             raise UpstreamFailed(f"it answers with a choice {index} that nobody asked for")
         logprobs = tuple(named_logprobs(choice.get("logprobs") or {})) if self.sampling.logprobs is not None else ()
+        if logprobs and choice.get("finish_reason") == "stop" and not isinstance(choice.get("stop_reason", ""), str):
+            logprobs = (*logprobs[:-1], logprobs[-1]._replace(shown=False))  # vLLM: an EOS or a stop token
         if text or logprobs:
             self.pieces += 1
             self.job.events.put(Delta(index, text, 0, None, logprobs, time.monotonic()))
@@ -386,10 +413,15 @@ def failure(status: int, retry_after: str | None, body: bytes) -> Exception:
     """What an upstream's refusal is to our client: its own 400 and 429, a 503 while it is not ready; the rest is 502."""
     try:
         error = json.loads(body)["error"]
+        error = error if isinstance(error, dict) else {"message": error}
         message, param, code = str(error["message"])[:1000], error.get("param"), error.get("code")
     except (ValueError, LookupError, TypeError, AttributeError):
         message, param, code = body[:300].decode("utf-8", "replace"), None, None
-    if status in (400, 413, 422):
-        return Refused(message, param if isinstance(param, str) else None, code if isinstance(code, str) else None)
+    message = message.rstrip(".")
+    if status in REFUSALS:
+        param = param.removeprefix("body.") if isinstance(param, str) else None  # vLLM's path into the body
+        if param in ("input_tokens", "input_text"):  # vLLM's word for a prompt that does not fit
+            param, code = "prompt", "context_length_exceeded"
+        return Refused(f"{message}.", param, code if isinstance(code, str) else None)
     told = status if status in (429, 503) else 502
     return UpstreamFailed(message if told != 502 else f"it answered {status}: {message}", told, retry_after)

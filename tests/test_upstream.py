@@ -115,13 +115,13 @@ def test_the_answer_has_this_servers_shape(front, far):
 
 def test_what_is_sent(front, far):
     front.chat(
-        "Hello", max_tokens=9, temperature=0, top_p=0.5, top_k=3, min_p=0.1, seed=4, n=2, stop=["x", 5], stop_token_ids=[6],
+        "Hello", max_tokens=9, temperature=0.5, top_p=0.5, top_k=3, min_p=0.1, seed=4, n=2, stop=["x", 5], stop_token_ids=[6],
         presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5, min_tokens=2, ignore_eos=True, logit_bias={"7": -100},
         logprobs=True, top_logprobs=3, chat_template_kwargs={"a": 1}, add_generation_prompt=False, user="me", n_unknown=1,
     )  # fmt: skip
     assert far.bodies[-1] == {
         "model": "far/model", "stream": True, "stream_options": {"include_usage": True},
-        "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": 3,
+        "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, "temperature": 0.5, "top_p": 0.5, "top_k": 3,
         "min_p": 0.1, "seed": 4, "n": 2, "stop": ["x"], "stop_token_ids": [5, 6], "presence_penalty": 1, "frequency_penalty": -1,
         "repetition_penalty": 1.5, "min_tokens": 2, "ignore_eos": True, "logit_bias": {"7": -100}, "logprobs": True,
         "top_logprobs": 3, "chat_template_kwargs": {"a": 1}, "add_generation_prompt": False,
@@ -132,6 +132,64 @@ def test_what_is_sent(front, far):
     assert far.bodies[-1] | {"prompt": ["a", "b"], "logprobs": 2, "echo": True, "max_tokens": 16} == far.bodies[-1]
     front.chat("Hello", structured_outputs={"choice": ["yes", "no"]})
     assert "root ::=" in far.bodies[-1]["structured_outputs"]["grammar"]
+
+
+def test_what_vllm_wants_said_in_another_way(front, far):
+    """Seen on vLLM 0.32: seed -1 is none; n greedy choices are refused."""
+    front.chat("Hello", temperature=0, n=2, top_k=5)
+    assert {name: far.bodies[-1][name] for name in ("temperature", "top_k", "n")} == {"temperature": 1, "top_k": 1, "n": 2}
+    front.chat("Hello", temperature=0)
+    assert far.bodies[-1]["temperature"] == 0 and "top_k" not in far.bodies[-1]
+    for seed, n, sent in ((-1, 1, 2**62 - 1), (-2, 2, 2**62 - 2), (-2, 1, -2), (0, 1, 0)):
+        front.chat("Hello", seed=seed, n=n)
+        assert far.bodies[-1]["seed"] == sent
+
+
+def test_what_vllm_says_in_another_way(front, far):
+    """Seen on vLLM 0.32: a prompt that is too long, a refusal inside a 200, a token counted at max_tokens 0, EOS among logprobs."""
+    far.script = far.answer(reply(400, {"error": {"message": "too long.", "param": "input_tokens", "code": 400}}))
+    error = front.chat("Hello")[1]["error"]
+    assert (error["param"], error["code"], error["message"]) == ("messages", "context_length_exceeded", "too long.")
+    refusal = chunk(error={"message": "no token 999", "param": "body.logit_bias", "code": 400})
+    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + refusal, go_on=False)
+    status, body, _ = front.chat("Hello", logit_bias={"999": 1})
+    assert (status, body["error"]["param"]) == (400, "logit_bias")
+    one = {"index": 0, "text": "Hi", "finish_reason": "length"}
+    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(choices=[one]) + USAGE + DONE)
+    fields = {"prompt": "Hi", "echo": True, "max_tokens": 0}
+    assert front.request("POST", "/v1/completions", fields)[1]["usage"]["completion_tokens"] == 0
+    entries = [
+        {"token": token, "bytes": list(token.encode()), "logprob": -1.0, "top_logprobs": []} for token in ("Hi", "<end>")
+    ]
+    for reason, shown in ((None, ["Hi"]), (7, ["Hi"]), ("Hi", ["Hi", "<end>"])):
+        last = {"index": 0, "delta": {"content": "Hi"}, "logprobs": {"content": entries}, "finish_reason": "stop"}
+        last["stop_reason"] = reason
+        far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(choices=[last]) + USAGE + DONE)
+        content = front.chat("Hello", logprobs=True)[1]["choices"][0]["logprobs"]["content"]
+        assert [entry["token"] for entry in content] == shown
+    thought = {"index": 0, "delta": {"reasoning": "hmm"}, "finish_reason": None}
+    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(choices=[thought]), go_on=False)
+    status, body, _ = front.chat("Hello")
+    assert status == 502 and "reasoning parser" in body["error"]["message"]
+
+
+def test_one_that_listens_no_more_and_lets_its_streams_hang(front, far):
+    """As vLLM does when it is told to stop; the client is told within the few seconds that it takes to notice."""
+    far.script = lambda connection, body: (
+        connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n" + piece("Hi ")) or time.sleep(30)
+    )
+    front.server.request_timeout = 60
+    threading.Timer(0.3, far.close).start()
+    *_, error = sse(front.chat("Hello", stream=True)[1])
+    assert error["error"]["type"] == "upstream_error" and "has gone" in error["error"]["message"]
+    assert front.chat("Hello")[0] == 503
+    until(lambda: not front.models.running())
+
+
+def test_the_reason_why_it_is_not_there_is_told(far, monkeypatch):
+    monkeypatch.setitem(globals(), "LIST", {"error": "who are you"})
+    with serve_upstream(far.url, ready=False) as served:
+        until(lambda: "not there yet: 'data'" in served.chat("Hello")[1]["error"]["message"])
 
 
 def test_a_job_that_cannot_start_leaves_no_place_taken(front, far, monkeypatch):
