@@ -151,7 +151,7 @@ def test_exllamav3(start):
         "model": "another", "stream": False, "max_tokens": 20, "temperature": 0.8, "top_p": 0.8, "top_k": 50, "stop": [],
     }  # fmt: skip
     is_completion(json.loads(curl(server.url, "/v1/chat/completions", whole)), "another")
-    assert "--cache-quant: accepted" in server.log()
+    assert "--cache_quant: for exllamav3 alone" in server.log()
 
 
 # ── Osaurus ──
