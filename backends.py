@@ -7,6 +7,7 @@ in the constructor of its binding and nowhere else, which runs in the engine pro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import glob
@@ -108,10 +109,17 @@ def gguf_shape(meta: dict[str, Any]) -> tuple[int, int]:
 
 
 def own_sampling(values: dict[str, Any]) -> dict[str, float]:
-    """The sampling that a model's makers recommend, from generation_config.json or GGUF's general.sampling.*."""
+    """The sampling that a model's makers recommend, from generation_config.json or GGUF's general.sampling.*: what is sane of it."""
     gguf = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
     found = {name: values.get(name, values.get(f"general.sampling.{key}")) for name, key in gguf.items()}
-    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and value >= 0}
+    numbers = {name: value for name, value in found.items() if isinstance(value, (int, float)) and 0 <= value < 1e9}
+    if values.get("do_sample") is False:
+        return {}
+    if "temperature" in numbers and numbers["temperature"] < 1e-4:
+        numbers["temperature"] = 0.0
+    if not 0 < numbers.get("top_p", 1) <= 1:
+        del numbers["top_p"]
+    return {name: int(value) if name == "top_k" else float(value) for name, value in numbers.items()}
 
 
 def physical_cores() -> int:
@@ -140,20 +148,38 @@ def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memo
 class ChatTemplate:
     """A model's Jinja chat template, rendered as Hugging Face's `apply_chat_template` does, in a sandbox."""
 
-    def __init__(self, source: str | None, bos: str, eos: str):
+    def __init__(self, source: str | None, bos: str, eos: str, more: dict[str, str] | None = None):
         self.template = None
+        self.fault = "This model has no chat template: start the server with --chat-template FILE."
         self.source = source
-        self.tokens = {"bos_token": bos, "eos_token": eos}
+        self.tokens = {**(more or {}), "bos_token": bos, "eos_token": eos}
         self.has_developer = source is not None and "developer" in source
         if source:
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            try:
+                self.template = self.compile(source)
+            except Exception as error:  # completions need no template
+                self.fault = f"This model's chat template cannot be read: {one_line(error)}"
 
-            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-            env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-            env.globals["strftime_now"] = time.strftime
-            env.globals["raise_exception"] = self.refuse
-            self.template = env.from_string(source)
+    def compile(self, source: str) -> Any:
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):  # type: ignore[misc]
+            """{% generation %} marks what the assistant says, for training: here it is what stands in it."""
+
+            tags = {"generation"}
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+        env.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        env.globals["strftime_now"] = time.strftime
+        env.globals["raise_exception"] = self.refuse
+        return env.from_string(source)
 
     @staticmethod
     def refuse(message: str) -> None:
@@ -161,7 +187,7 @@ class ChatTemplate:
 
     def render(self, prompt: Prompt) -> str:
         if self.template is None:
-            raise Refused("This model has no chat template: start the server with --chat-template FILE.", "messages")
+            raise Refused(self.fault, "messages")
         messages = [dict(m) for m in prompt.messages or ()]
         mark = ""
         if prompt.continue_final:  # where the last message ends only the template knows: mark the place and cut there
@@ -173,6 +199,8 @@ class ChatTemplate:
                     message["role"] = "system"
         try:
             variables = {
+                "tools": None,
+                "documents": None,
                 **self.tokens,
                 **prompt.template_kwargs,
                 "add_generation_prompt": prompt.generation_prompt and not mark,
@@ -583,7 +611,7 @@ class LlamaCpp:
         self.scoring = []
         if self.ngram:
             for slot in decoding:
-                slot.drafts = self.guess(slot, min(self.draft_tokens, room // len(decoding) - 1))
+                slot.drafts = self.guess(slot, min(self.draft_tokens, room // (2 if prefilling else 1) // len(decoding) - 1))
                 slot.todo += slot.drafts
         for slot in decoding + prefilling:
             scored = slot.sampling.scores_prompt and len(slot.todo) > 1 and not slot.drafts
@@ -612,7 +640,7 @@ class LlamaCpp:
         """What followed the last tokens when they were met before."""
         text, n = slot.kv + slot.todo, self.ngram
         for end in range(slot.indexed, len(text)):
-            slot.grams[tuple(text[end - n : end])] = end
+            slot.grams[tuple(text[end - n : end])] = end  # the last n of all come later: something must follow them
         slot.indexed = max(slot.indexed, len(text))
         at = slot.grams.get(tuple(text[-n:]), len(text))
         return text[at : at + max(0, min(most, slot.left - 1, self.context - len(text)))]
@@ -639,7 +667,7 @@ class LlamaCpp:
             token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
         if token is None:
             slot.todo = [self.bos]  # never decoded: the choice ends here
-            return Step(slot.seq, (), error=Refused("'logit_bias' bans every token that the constraint allows.", "logit_bias"))
+            return Step(slot.seq, (), error=no_token_left())
         if slot.muted:
             slot.muted -= 1
             if not slot.muted:
@@ -700,7 +728,7 @@ class LlamaCpp:
         self.lib.llama_sampler_free(slot.sampler)
         if slot.grammar:
             self.lib.llama_sampler_free(slot.grammar)
-        slot.sampler, slot.grammar, slot.todo = None, None, []
+        slot.sampler, slot.grammar, slot.todo, slot.grams = None, None, [], {}
 
     def make_embedder(self) -> Any:
         """A context of its own: pooling is a property of a context, and embeddings need no KV cache that lasts."""
@@ -756,20 +784,32 @@ class HfModel:
         """`tokenizer` is a tokenizers.Tokenizer."""
         config = read_json(spec.path, "config.json")
         self.config = config.get("text_config") or config  # of a model that also sees
-        own = read_json(spec.path, "tokenizer_config.json")
+        own = read_json(spec.path, "special_tokens_map.json") | read_json(spec.path, "tokenizer_config.json")
         generation = read_json(spec.path, "generation_config.json")
         self.hf_tokenizer = tokenizer
         tokenizer.no_truncation()  # tokenizer.json keeps what its makers last tokenized with
         tokenizer.no_padding()
-        self.defaults = own_sampling(generation) if generation.get("do_sample", True) else {}
+        self.defaults = own_sampling(generation)
         bos, eos = (token_text(own.get(name)) for name in ("bos_token", "eos_token"))
         self.bos = -1 if (found := tokenizer.token_to_id(bos)) is None else int(found)
         ends = [generation.get("eos_token_id"), self.config.get("eos_token_id"), tokenizer.token_to_id(eos)]
         self.eos = frozenset(i for end in ends for i in (end if isinstance(end, list) else [end]) if isinstance(i, int))
         self.adds_bos = bool(own.get("add_bos_token")) and self.bos >= 0
-        self.template = ChatTemplate(spec.chat_template or hf_template(spec.path, own), bos, eos)
+        special = {name: token_text(value) for name, value in own.items() if name.endswith("_token") and token_text(value)}
+        self.template = ChatTemplate(spec.chat_template or hf_template(spec.path, own), bos, eos, special)
         self.literals, self.pieces = read_pieces(tokenizer)
         self.vocabulary = len(self.literals)
+
+    def ends_at(self, vocabulary: int) -> None:
+        """The weights' vocabulary; the tokenizer's may be smaller (padding), or larger (tokens that were added and never trained)."""
+        self.vocabulary = vocabulary
+        self.eos = frozenset(token for token in self.eos if token < vocabulary)
+
+    def grammar(self, text: str) -> str:
+        """For llguidance. Raises Refused."""
+        if not self.eos:
+            raise Refused("This model has no token that ends a text, which structured output needs.", "structured_outputs")
+        return lark_grammar(text)
 
     def kv_bytes(self, bytes_per_value: int) -> int:
         """Bytes of KV cache per token; 0 where the configuration has other names for it."""
@@ -788,9 +828,19 @@ class HfModel:
         return self.literals[token] if special else self.pieces[token]
 
 
+def no_token_left() -> Refused:
+    return Refused("'logit_bias' bans every token that may come next.", "logit_bias")
+
+
+def grammar_failed(matcher: Any) -> Refused:
+    """Of llguidance's matcher: the grammar is bad, or takes more than its limits allow."""
+    return Refused(f"The grammar cannot be followed: {one_line(ValueError(matcher.get_error()))}", "structured_outputs")
+
+
 def token_text(value: Any) -> str:
     """A special token as tokenizer_config.json may write it: text, or an object with its text."""
-    return str((value.get("content") if isinstance(value, dict) else value) or "")
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""
 
 
 def hf_template(folder: str, tokenizer_config: dict[str, Any]) -> str | None:
@@ -867,6 +917,7 @@ class TorchSequence:
     generator: Any = None  # torch.Generator
     matcher: Any = None  # llguidance's, of a grammar
     sampled: list[int] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)  # of prompt and completion, once that is asked for
     cache: Any = None  # while its prompt is being scored
     scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens so far, where they are wanted
 
@@ -897,6 +948,7 @@ class Transformers(HfModel):
         os.environ["HF_HUB_OFFLINE"] = "1"  # what is not in the folder is not fetched behind the user's back
         progress(0.0)
         self.torch: Any = importlib.import_module("torch")
+        self.numpy: Any = importlib.import_module("numpy")
         transformers: Any = importlib.import_module(self.LIBRARIES[0])
         transformers.logging.set_verbosity_error()
         logging.getLogger("ContinuousBatchingLogger").setLevel(
@@ -911,7 +963,7 @@ class Transformers(HfModel):
         super().__init__(spec, transformers.AutoTokenizer.from_pretrained(spec.path).backend_tokenizer)
         dtype = torch_dtype(torch, spec.dtype, self.config, self.device)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(spec.path, dtype=dtype).to(self.device).eval()
-        self.vocabulary = max(self.vocabulary, self.config.get("vocab_size") or 0)
+        self.ends_at(int(self.model.get_input_embeddings().weight.shape[0]))
         trained = self.config.get("max_position_embeddings") or 4096
         free = torch.cuda.mem_get_info(self.device)[0] * 2 if self.device.type == "cuda" else None
         wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, self.kv_bytes(dtype.itemsize), free)
@@ -934,6 +986,7 @@ class Transformers(HfModel):
         self.processor = manager._create_batch_processor()
         self.processor.model_runner._sample = self.sample
         self.cache_class = transformers.DynamicCache
+        self.paged = self.model.config._attn_implementation == "paged|eager"  # which works inside the batch alone
         self.embeddings = spec.embeddings
         self.rows: dict[int, TorchSequence] = {}
         self.scoring: list[TorchSequence] = []
@@ -964,7 +1017,11 @@ class Transformers(HfModel):
     def step(self) -> list[Step]:
         self.out = []
         if self.scoring:
-            self.score_piece(self.scoring[0])
+            row = self.scoring[0]
+            try:
+                self.score_piece(row)
+            except Exception as error:
+                self.out.append(Step(row.seq, (), error=EngineFailed(f"scoring the prompt failed: {one_line(error)}")))
         if self.processor.prepare_next_batch():
             self.processor._generation_step(self.model)
             self.processor.update_batch()
@@ -976,9 +1033,9 @@ class Transformers(HfModel):
         rows = [self.rows[int(future.state.request_id)] for future in batch if future.has_new_token]
         likeliest = logits[0, : len(rows)].argmax(-1).tolist()  # a row more for each prompt that is not at its end yet
         for i, row in enumerate(rows):
-            token = likeliest[i] if row.greedy else self.choose(row, logits[0, i])
-            if token is None:
-                refusal = Refused("'logit_bias' bans every token that the constraint allows.", "logit_bias")
+            try:
+                token = likeliest[i] if row.greedy else self.choose(row, logits[0, i])
+            except Refused as refusal:
                 self.out.append(Step(row.seq, (), error=refusal))
                 continue
             likeliest[i] = token
@@ -989,8 +1046,8 @@ class Transformers(HfModel):
             row.scores = []
         output_ids[0, : len(rows)] = self.torch.tensor(likeliest, dtype=output_ids.dtype)
 
-    def choose(self, row: TorchSequence, logits: Any) -> int | None:
-        """Bans, penalties, temperature, top_k, top_p, min_p, in the order of LlamaCpp; None: bans and grammar leave no token."""
+    def choose(self, row: TorchSequence, logits: Any) -> int:
+        """Bans, penalties, temperature, top_k, top_p, min_p, in the order of LlamaCpp. Raises Refused: no token is left."""
         torch, s, minus = self.torch, row.sampling, -math.inf
         logits = logits.clone()
         for token, bias in s.logit_bias:
@@ -998,7 +1055,8 @@ class Transformers(HfModel):
         if len(row.sampled) < s.min_tokens:
             logits[[*self.eos]] = minus
         if s.repetition_penalty != 1:
-            seen = torch.tensor([*{*row.ids, *row.sampled}], device=self.device)
+            row.seen = row.seen or {*row.ids}
+            seen = torch.tensor([*row.seen], device=self.device)
             values = logits[seen]
             logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
         if (s.presence_penalty or s.frequency_penalty) and row.sampled:
@@ -1007,10 +1065,12 @@ class Transformers(HfModel):
         if row.matcher:
             logits[~self.allowed(row.matcher)] = minus
         if logits.max() == minus:
-            return None
+            raise no_token_left()
         token = self.draw(row, logits) if s.temperature else int(logits.argmax())
         if row.matcher:
             row.matcher.consume_token(token)
+        if row.seen:
+            row.seen.add(token)
         return token
 
     def draw(self, row: TorchSequence, logits: Any) -> int:
@@ -1020,7 +1080,7 @@ class Transformers(HfModel):
             logits[logits < logits.topk(s.top_k).values[-1]] = minus
         if s.top_p is not None and s.top_p < 1:
             probs, order = logits.softmax(-1).sort(descending=True)
-            logits[order[probs.cumsum(-1) - probs >= s.top_p]] = minus  # the likeliest always stays
+            logits[order[1:][(probs.cumsum(-1) - probs)[1:] >= s.top_p]] = minus  # the likeliest always stays
         if s.min_p:
             probs = logits.softmax(-1)
             logits[probs < s.min_p * probs.max()] = minus
@@ -1036,11 +1096,22 @@ class Transformers(HfModel):
         tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [Scored(logprob, [*zip(*top, strict=True)]) for logprob, top in zip(own, tops, strict=True)]
 
+    @contextlib.contextmanager
+    def outside_the_batch(self) -> Iterator[None]:
+        if self.paged:
+            self.model.set_attn_implementation("eager")
+        try:
+            with self.torch.no_grad():
+                yield
+        finally:
+            if self.paged:
+                self.model.set_attn_implementation("paged|eager")
+
     def score_piece(self, row: TorchSequence) -> None:
         """The next piece of a prompt whose tokens are to be scored, outside the batch; after the last it joins the batch."""
         torch, at = self.torch, len(row.scores) - 1
         piece = row.ids[at : at + self.BATCH_SCORED]
-        with torch.no_grad():
+        with self.outside_the_batch():
             logits = self.model(torch.tensor([piece], device=self.device), past_key_values=row.cache).logits[0].float()
         following = row.ids[at + 1 : at + 1 + len(piece)]
         row.scores += self.score(logits[: len(following)], following, row.sampling.logprobs or 0)
@@ -1056,25 +1127,31 @@ class Transformers(HfModel):
     def make_matcher(self, text: str) -> Any:
         """Raises Refused."""
         llguidance: Any = importlib.import_module("llguidance")
+        grammar = self.grammar(text)
         if self.grammars is None:
-            self.grammars = llguidance.LLTokenizer(self.hf_tokenizer.to_str(), n_vocab=self.vocabulary, eos_token=[*self.eos])
-        matcher = llguidance.LLMatcher(self.grammars, llguidance.grammar_from("lark", lark_grammar(text)))
+            size = max(self.vocabulary, len(self.literals))
+            self.grammars = llguidance.LLTokenizer(self.hf_tokenizer.to_str(), n_vocab=size, eos_token=[*self.eos])
+        matcher = llguidance.LLMatcher(self.grammars, llguidance.grammar_from("lark", grammar))
         if matcher.is_error():
-            raise Refused(f"The grammar cannot be used: {one_line(ValueError(matcher.get_error()))}.", "structured_outputs")
+            raise grammar_failed(matcher)
         return matcher
 
     def allowed(self, matcher: Any) -> Any:
-        """Which tokens may come next: bool (vocabulary)."""
-        packed = self.torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=self.torch.uint8)
-        bits = packed.unsqueeze(-1) >> self.torch.arange(8, dtype=self.torch.uint8) & 1
-        return bits.flatten()[: self.vocabulary].bool().to(self.device)
+        """Which tokens may come next: bool (vocabulary). Raises Refused: the matcher has a limit, and then allows only the end."""
+        packed = self.numpy.frombuffer(matcher.compute_bitmask(), dtype=self.numpy.uint8)
+        if matcher.is_error():
+            raise grammar_failed(matcher)
+        bits = self.numpy.unpackbits(packed, count=self.vocabulary, bitorder="little")
+        return self.torch.from_numpy(bits).bool().to(self.device)
 
     def cancel(self, seq: int) -> None:
         row = self.rows.pop(seq)
         if row in self.scoring:
             self.scoring.remove(row)
-        self.processor.scheduler.set_request_cancellation(str(seq))
-        self.processor.scheduler.clear_cancelled_requests()
+        scheduler = self.processor.scheduler
+        scheduler.set_request_cancellation(str(seq))
+        scheduler.clear_cancelled_requests()
+        scheduler.block_new_requests = False  # set when the cache was full; it clears that only where it ends a request itself
 
     def embed(self, ids: list[int]) -> Iterator[list[float]]:
         """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
@@ -1085,7 +1162,7 @@ class Transformers(HfModel):
         torch, cache, total = self.torch, self.cache_class(), 0.0
         for at in range(0, len(ids), self.BATCH):
             piece = torch.tensor([ids[at : at + self.BATCH]], device=self.device)
-            with torch.no_grad():
+            with self.outside_the_batch():
                 hidden = self.model.base_model(piece, past_key_values=cache).last_hidden_state
             total = total + hidden[0].float().sum(0).cpu().double()
             yield torch.nn.functional.normalize(total, dim=-1).tolist()
@@ -1124,6 +1201,7 @@ class ExlSequence:
     job: Any
     sampling: Sampling
     penalty: Any = None  # the step of its sampler that penalises what is in the completion
+    filters: list[Any] = field(default_factory=list)
     count: int = 0  # tokens that have come
 
 
@@ -1175,7 +1253,7 @@ class ExLlamaV3(HfModel):
             args, quiet=True, progress=False, callback=lambda done, total: progress(done / total)
         )
         self.eos |= frozenset(config.eos_token_id_list)
-        self.vocabulary = max(self.vocabulary, config.vocab_size)
+        self.ends_at(config.vocab_size)
         gigabyte = 1 << 30
         self.generator = self.lib.Generator(  # swallows a misspelt argument: tests/test_exllamav3.py reads its signature
             model=self.model,
@@ -1201,9 +1279,12 @@ class ExLlamaV3(HfModel):
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         seq, s = next(self.numbers), sampling
+        if s.ignore_eos and s.min_tokens:
+            raise Refused("This engine has no 'min_tokens' beside 'ignore_eos'.", "min_tokens")
         if s.grammar and any(bias <= -100 for _, bias in s.logit_bias):  # a dead end would end the whole generator
             raise Refused("This engine cannot ban tokens ('logit_bias' of -100) beside structured output.", "logit_bias")
         sampler, penalty = self.make_sampler(s)
+        filters = [self.make_filter(s.grammar)] if s.grammar else []
         job = self.lib.Job(
             input_ids=self.torch.tensor([ids]),
             max_new_tokens=s.max_tokens,
@@ -1214,7 +1295,7 @@ class ExLlamaV3(HfModel):
             decode_special_tokens=True,
             return_probs=s.logprobs is not None,
             return_top_tokens=s.logprobs or 0,
-            filters=[self.make_filter(s.grammar)] if s.grammar else None,
+            filters=filters or None,
             max_rq_tokens=self.RESERVE,
             identifier=seq,
         )
@@ -1222,7 +1303,7 @@ class ExLlamaV3(HfModel):
             self.generator.enqueue(job)
         except AssertionError as error:  # its way to say that a job can never fit
             raise Refused(one_line(error), "prompt", "context_length_exceeded") from None
-        self.rows[seq] = ExlSequence(job, s, penalty)
+        self.rows[seq] = ExlSequence(job, s, penalty, filters)
         return seq, 0
 
     def make_sampler(self, s: Sampling) -> tuple[Any, Any]:
@@ -1244,9 +1325,11 @@ class ExLlamaV3(HfModel):
     def make_filter(self, text: str) -> Any:
         """Raises Refused."""
         try:
-            return self.lib.LLGuidanceFilter(self.tokenizer, eos_after_completed=True, lark_grammar=lark_grammar(text))
-        except ValueError as error:
-            raise Refused(f"The grammar cannot be used: {one_line(error)}.", "structured_outputs") from None
+            made = self.lib.LLGuidanceFilter(self.tokenizer, eos_after_completed=True, lark_grammar=self.grammar(text))
+        except (ValueError, RuntimeError) as error:
+            raise Refused(f"The grammar cannot be followed: {one_line(error)}", "structured_outputs") from None
+        made._check_error = lambda: None  # it would raise in mid-step, and end everyone's; read() looks at the matcher instead
+        return made
 
     def step(self) -> list[Step]:
         for row in self.rows.values():
@@ -1262,6 +1345,8 @@ class ExLlamaV3(HfModel):
             return None
         if result["stage"] == "error":
             return Step(seq, (), error=EngineFailed(f"exllamav3 failed: {one_line(result['error'])}"))
+        if failed := [f._matcher for f in row.filters if f._matcher.is_error()]:
+            return Step(seq, (), error=grammar_failed(failed[0]))
         tokens: list[int] = []
         scores: list[Scored] = []
         for part in (result, result.get("held") or {} if result["eos"] else {}):
@@ -1361,7 +1446,10 @@ def missing_library(name: str) -> str | None:
 def fits_exllamav3(folder: str, architecture: str) -> bool:
     """Does exllamav3 know this unquantised folder's architecture? It cannot trim hidden sizes that it has had to pad."""
     package = importlib.util.find_spec("exllamav3")
-    if not package or not package.submodule_search_locations or read_json(folder, "config.json").get("hidden_size", 0) % 128:
+    config = read_json(folder, "config.json")
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("hidden_size")
+    if not package or not package.submodule_search_locations or not isinstance(size, int) or size % 128:
         return False
     for source in glob.glob(os.path.join(package.submodule_search_locations[0], "architecture", "*.py")):
         with open(source, encoding="utf-8") as f:

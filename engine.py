@@ -581,20 +581,26 @@ class EngineLoop:
                 self.out.append((job, Answer(value)))
 
 
+def known(backend: Backend, ids: Any) -> Any:
+    """The ids, all of which the weights know: a tokenizer may have words that were added and never trained."""
+    if ids and max(ids) >= backend.vocabulary:
+        raise Refused(f"The prompt has a token id over {backend.vocabulary - 1}, where the vocabulary ends.", "prompt")
+    return ids
+
+
 def encode(backend: Backend, prompt: Prompt) -> tuple[str, list[int], int]:
     """(text, token ids, how many of them the tokenizer added in front)."""
     if prompt.messages is not None:
         text = backend.template.render(prompt)
         if len(text) // 32 > backend.context:  # tool calls and the like count too
             raise too_long("the prompt", "is far longer than", backend.context)
-        return text, backend.tokenize(text, False), 0
+        return text, known(backend, backend.tokenize(text, False)), 0
     if prompt.tokens is not None:
-        if any(token >= backend.vocabulary for token in prompt.tokens):
-            raise Refused(f"The prompt has a token id over {backend.vocabulary - 1}, where the vocabulary ends.", "prompt")
+        known(backend, prompt.tokens)
         data = b"".join(backend.piece(token, True) for token in prompt.tokens)
         return data.decode("utf-8", "replace"), list(prompt.tokens), 0
     text = prompt.text or ""
-    ids = backend.tokenize(text, True)
+    ids = known(backend, backend.tokenize(text, True))
     plain = backend.tokenize(text, False)
     return text, ids, 1 if len(ids) > len(plain) and ids[0] == backend.bos else 0
 
@@ -689,7 +695,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         threads=backend.threads,
         context=backend.context,
         cache_tokens=backend.cache_tokens,
-        fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads, spec.dtype, spec.draft, spec.ngram),
+        fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
     )
     tell("ready", info)
@@ -706,7 +712,8 @@ def fingerprint(spec: EngineSpec, *settings: object) -> str:
     """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings."""
     files = sorted(weight_files(spec.path))
     weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
-    text = repr((spec.backend, weights, spec.chat_template, settings))
+    own = (spec.device, spec.dtype, spec.draft, spec.ngram, spec.draft_tokens, spec.options)
+    text = repr((spec.backend, weights, spec.chat_template, own, settings))
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

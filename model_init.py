@@ -287,6 +287,9 @@ def init(args: argparse.Namespace) -> Models:
             key = os.environ.get(args.upstream_key_env or "", "")
             return EngineSpec(backend, args.upstream, args.max_parallel, key=key)
         backend = choose_backend(model, args.backend)
+        useless = [flag for flag, able in engine_flags().items() if getattr(args, flag) not in UNSET and backend not in able]
+        for flag in useless if model not in catalog.fixed else ():
+            log.warning("%s: --%s does nothing here, the engine is %s", model.id, flag.replace("_", "-"), backend)
         embeddings = args.embeddings and backend in WITH_EMBEDDINGS
         path = str(model.path)
         return EngineSpec(
@@ -310,7 +313,8 @@ def init(args: argparse.Namespace) -> Models:
             unknown=profile.unknown_model,
         ),
     )
-    check_engine_flags(args, {models.spec(model).backend for model in catalog.fixed})
+    used = {models.spec(model).backend for model in catalog.fixed}
+    check_engine_flags(args, {args.backend} - {"auto"} or used)
     for name in [args.default_model, *preloaded(args)]:
         if name and catalog.find(name) is None:
             raise UsageError(f"there is no model {name!r} to load; there are: {', '.join(catalog.models()) or 'none'}")
@@ -336,8 +340,13 @@ def check_engine_flags(args: argparse.Namespace, used: Collection[str]) -> None:
             raise UsageError(f"--{flag.replace('_', '-')} needs --backend {' or '.join(able)}")
     if args.draft_model_dir and not Path(args.draft_model_dir).exists():
         raise UsageError(f"--draft-model-dir {args.draft_model_dir}: no such file or folder")
-    if args.num_draft_tokens and not (args.draft_model_dir or args.ngram_match_min or args.exllamav3):
+    drafting = (
+        args.draft_model_dir or args.ngram_match_min or {*args.exllamav3} & {"-mtp", "--mtp", "-hdt", "--hybrid_draft_tokens"}
+    )
+    if args.num_draft_tokens and not drafting:
         raise UsageError("--num-draft-tokens needs --draft-model-dir or --ngram-match-min")
+    if args.draft_model_dir and args.ngram_match_min:
+        raise UsageError("--draft-model-dir and --ngram-match-min exclude each other")
     if args.exllamav3 and used and "exllamav3" not in used:
         names = ", ".join(word for word in args.exllamav3 if word.startswith("-"))
         log.warning("%s: for exllamav3 alone, backend %s has no use for it", names, *used)

@@ -273,20 +273,24 @@ class LLGuidanceFilter:
         grammar = llguidance.grammar_from("lark", lark_grammar)
         if err := llguidance.LLMatcher.validate_grammar(grammar, tokenizer.grammars) or "refuse me" in lark_grammar:
             raise ValueError(f"Invalid grammar: {err}")
-        self.matcher, self.size = llguidance.LLMatcher(tokenizer.grammars, grammar), tokenizer.config.vocab_size
+        self._matcher, self.size = llguidance.LLMatcher(tokenizer.grammars, grammar), tokenizer.config.vocab_size
 
     def mask(self):
-        packed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
+        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._check_error()
         bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
         mask = torch.full((self.size,), -torch.inf)
         mask[: len(bits)][bits[: self.size]] = 0
         return mask
 
+    def _check_error(self):
+        if self._matcher.is_error():
+            raise RuntimeError(f"llguidance matcher error: {self._matcher.get_error()}")
+
     def feed(self, token):
-        self.matcher.consume_token(token)
-        if self.matcher.is_error():
-            raise RuntimeError(f"llguidance matcher error: {self.matcher.get_error()}")
-        return self.matcher.is_stopped()
+        self._matcher.consume_token(token)
+        self._check_error()
+        return self._matcher.is_stopped()
 
 
 # ── jobs ──

@@ -61,6 +61,12 @@ def one_line(text):
         (["-m", "@ir"], "openvino_tokenizer.xml"),
         (["-m", "@ir_full", "--backend", "llamacpp"], "openvino can"),
         (["-m", "@demo", "-H", "256.1.1.1"], "cannot listen"),
+        (["-m", "@demo", "--device", "cuda"], "--device needs --backend transformers"),
+        (["-m", "@demo", "-dm", "@demo"], "--draft-model-dir needs --backend exllamav3"),
+        (["-m", "@demo", "-ndt", "3"], "--num-draft-tokens needs"),
+        (["--models-dir", "@empty", "--backend", "transformers", "-ngram", "2"], "--ngram-match-min needs"),
+        (["--models-dir", "@empty", "--embeddings", "--backend", "openvino"], "--embeddings needs"),
+        (["--models-dir", "@empty", "--backend", "exllamav3", "-dm", "@empty", "-ngram", "2"], "exclude each other"),
     ],
 )
 def test_wrong_command_lines(args, words, tmp_path, demo):

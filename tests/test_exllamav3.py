@@ -620,6 +620,23 @@ def test_a_grammar_that_llguidance_refuses(loop):
     assert loop.ask("echo a").text == "a"
 
 
+def test_a_grammar_that_can_be_followed_no_further_fails_alone(loop):
+    """llguidance has limits; the filter would raise in the middle of everyone's step."""
+    broken = loop.submit("echo abcdef", grammar="root ::= [a-z]{6}\n")
+    loop.loop.admit()
+    (row,) = loop.backend.rows.values()
+    row.filters[0]._matcher.consume_token(*loop.backend.tokenize("7", False))
+    broken, fine = loop.run(broken, loop.submit("echo fine"))
+    assert isinstance(broken.error, Refused) and broken.error.param == "structured_outputs"
+    assert fine.text == "fine"
+
+
+def test_min_tokens_beside_ignore_eos_is_refused(loop):
+    with pytest.raises(Refused) as refusal:
+        loop.ask("echo a", min_tokens=3, ignore_eos=True)
+    assert refusal.value.param == "min_tokens"
+
+
 def test_a_long_completion_is_queued_again(loop):
     """It reserves pages for 16 tokens ahead, ends there and goes on as the same job; nobody notices."""
     loop.backend.RESERVE = 16

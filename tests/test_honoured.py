@@ -273,10 +273,10 @@ def test_fingerprint_tells_settings_apart(served):
 
     spec, info = served.models.engine.spec, served.models.engine.info
     assert chat(served)["system_fingerprint"] == info.fingerprint
-    more = (spec.dtype, spec.draft, spec.ngram)
-    assert fingerprint(spec, info.library, info.slots, info.threads, *more) == info.fingerprint
-    assert fingerprint(spec, info.library, info.slots + 1, info.threads, *more) != info.fingerprint
-    assert fingerprint(replace(spec, chat_template="x"), info.library, info.slots, info.threads, *more) != info.fingerprint
+    assert fingerprint(spec, info.library, info.slots, info.threads) == info.fingerprint
+    assert fingerprint(spec, info.library, info.slots + 1, info.threads) != info.fingerprint
+    assert fingerprint(replace(spec, options=("-cq", "4")), info.library, info.slots, info.threads) != info.fingerprint
+    assert fingerprint(replace(spec, chat_template="x"), info.library, info.slots, info.threads) != info.fingerprint
 
 
 def test_embeddings(served):
