@@ -800,7 +800,7 @@ class HfModel:
         self.literals, self.pieces = read_pieces(tokenizer)
         self.vocabulary = len(self.literals)
 
-    def ends_at(self, vocabulary: int) -> None:
+    def fit_vocabulary(self, vocabulary: int) -> None:
         """The weights' vocabulary; the tokenizer's may be smaller (padding), or larger (tokens that were added and never trained)."""
         self.vocabulary = vocabulary
         self.eos = frozenset(token for token in self.eos if token < vocabulary)
@@ -963,7 +963,7 @@ class Transformers(HfModel):
         super().__init__(spec, transformers.AutoTokenizer.from_pretrained(spec.path).backend_tokenizer)
         dtype = torch_dtype(torch, spec.dtype, self.config, self.device)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(spec.path, dtype=dtype).to(self.device).eval()
-        self.ends_at(int(self.model.get_input_embeddings().weight.shape[0]))
+        self.fit_vocabulary(int(self.model.get_input_embeddings().weight.shape[0]))
         trained = self.config.get("max_position_embeddings") or 4096
         free = torch.cuda.mem_get_info(self.device)[0] * 2 if self.device.type == "cuda" else None
         wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, self.kv_bytes(dtype.itemsize), free)
@@ -1253,7 +1253,7 @@ class ExLlamaV3(HfModel):
             args, quiet=True, progress=False, callback=lambda done, total: progress(done / total)
         )
         self.eos |= frozenset(config.eos_token_id_list)
-        self.ends_at(config.vocab_size)
+        self.fit_vocabulary(config.vocab_size)
         gigabyte = 1 << 30
         self.generator = self.lib.Generator(  # swallows a misspelt argument: tests/test_exllamav3.py reads its signature
             model=self.model,

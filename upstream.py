@@ -212,8 +212,8 @@ class Upstream(Jobs):
         self.gone.set()
         self.tell()
         for job in jobs:  # vLLM, told to stop, waits for its streams without another byte
+            job.events.put(UpstreamFailed(reason))  # first: its thread, once hung up, says only that it broke off
             self.drop(job)
-            job.events.put(UpstreamFailed(reason))
 
     # ── one job ──
 

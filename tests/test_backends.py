@@ -173,8 +173,22 @@ def test_a_prefix_is_copied_from_a_busy_slot(served):
 
 def test_many_at_once_each_get_their_own(served):
     """More than there are slots, with the same seeds alone and together."""
-    names = ["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo"]
-    replies = together([lambda name=name: ask(served, f"My name is {name}. What is my name?", max_tokens=30) for name in names])
+    names = [
+        "Zorblax",
+        "Quimby",
+        "Vexley",
+        "Thorne",
+        "Wystan",
+        "Jorund",
+        "Xanthe",
+        "Gwydion",
+        "Oswin",
+        "Kestrel",
+        "Ulrica",
+        "Fenwick",
+    ]
+    ask_one = lambda name: ask(served, f"My name is {name}. What is my name?", max_tokens=30, temperature=0)  # noqa: E731
+    replies = together([lambda name=name: ask_one(name) for name in names])
     assert all(r["usage"]["completion_tokens"] > 0 for r in replies)
     assert sum(name in text(r) for name, r in zip(names, replies, strict=True)) >= 1
     for i, name in enumerate(names):
