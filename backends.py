@@ -1,7 +1,7 @@
 """Bindings: one class for each native library, and what is read from a model's own files.
 
 Each is thin: load, tokenize, start, step, cancel. What every engine has in common stands in engine.py. A library is imported
-in the constructor of its binding and nowhere else, which runs in the engine process.
+inside its binding and nowhere else, so in the engine process alone; the server process only looks whether it is there.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ class OpenVino:
                 self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
 
     def embed(self, ids: list[int]) -> Iterator[list[float]]:
-        raise Refused("This engine has no embeddings; llamacpp has.", "model")
+        raise Refused(f"This engine has no embeddings; {' and '.join(WITH_EMBEDDINGS)} have.", "model")
 
     def close(self) -> None:
         del self.pipe
@@ -747,8 +747,6 @@ class LlamaCpp:
         """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
         if self.embedder is None:
             raise Refused("This server was started without --embeddings.", "model")
-        if len(ids) > self.context:
-            raise too_long(f"an input has {len(ids)} tokens, which", "exceed", self.context)
         lib, numpy = self.lib, self.numpy
         lib.llama_memory_clear(lib.llama_get_memory(self.embedder), True)
         total = numpy.zeros(lib.llama_model_n_embd(self.model))
@@ -782,8 +780,7 @@ class HfModel:
 
     def __init__(self, spec: EngineSpec, tokenizer: Any):
         """`tokenizer` is a tokenizers.Tokenizer."""
-        config = read_json(spec.path, "config.json")
-        self.config = config.get("text_config") or config  # of a model that also sees
+        self.config = text_config(spec.path)
         own = read_json(spec.path, "special_tokens_map.json") | read_json(spec.path, "tokenizer_config.json")
         generation = read_json(spec.path, "generation_config.json")
         self.hf_tokenizer = tokenizer
@@ -826,6 +823,13 @@ class HfModel:
         if token >= len(self.literals):  # the weights' vocabulary is padded, and such a token has no text
             return b""
         return self.literals[token] if special else self.pieces[token]
+
+
+def text_config(folder: str) -> dict[str, Any]:
+    """config.json; of a model that also sees, the part about its language model."""
+    config = read_json(folder, "config.json")
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def no_token_left() -> Refused:
@@ -951,9 +955,7 @@ class Transformers(HfModel):
         self.numpy: Any = importlib.import_module("numpy")
         transformers: Any = importlib.import_module(self.LIBRARIES[0])
         transformers.logging.set_verbosity_error()
-        logging.getLogger("ContinuousBatchingLogger").setLevel(
-            logging.CRITICAL if log.getEffectiveLevel() > logging.DEBUG else logging.DEBUG
-        )
+        logging.getLogger("ContinuousBatchingLogger").disabled = not log.isEnabledFor(logging.DEBUG)
         transformers.logging.disable_progress_bar()
         self.library = f"{installed(self.LIBRARIES[0])}, {installed('torch')}"
         torch, self.slots = self.torch, spec.slots
@@ -987,7 +989,6 @@ class Transformers(HfModel):
         self.processor.model_runner._sample = self.sample
         self.cache_class = transformers.DynamicCache
         self.paged = self.model.config._attn_implementation == "paged|eager"  # which works inside the batch alone
-        self.embeddings = spec.embeddings
         self.rows: dict[int, TorchSequence] = {}
         self.scoring: list[TorchSequence] = []
         self.grammars: Any = None  # llguidance's tokenizer, made when first asked for
@@ -1155,10 +1156,6 @@ class Transformers(HfModel):
 
     def embed(self, ids: list[int]) -> Iterator[list[float]]:
         """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
-        if not self.embeddings:
-            raise Refused("This server was started without --embeddings.", "model")
-        if len(ids) > self.context:
-            raise too_long(f"an input has {len(ids)} tokens, which", "exceed", self.context)
         torch, cache, total = self.torch, self.cache_class(), 0.0
         for at in range(0, len(ids), self.BATCH):
             piece = torch.tensor([ids[at : at + self.BATCH]], device=self.device)
@@ -1229,12 +1226,12 @@ class ExLlamaV3(HfModel):
         tokenizers: Any = importlib.import_module("tokenizers")
         super().__init__(spec, tokenizers.Tokenizer.from_file(os.path.join(spec.path, "tokenizer.json")))
         args = self.load(spec, progress)
-        generator = self.generator
         self.rows: dict[int, ExlSequence] = {}
         self.numbers = itertools.count()
         self.cache_tokens = args.cache_size
         trained = self.config.get("max_position_embeddings") or self.cache_tokens
-        self.context = min(trained, self.cache_tokens - 1 - generator.max_draft_tokens)  # beyond this it cuts max_tokens itself
+        room = self.cache_tokens - 1 - self.generator.max_draft_tokens  # beyond this it cuts max_tokens itself
+        self.context = min(trained, room)
 
     def load(self, spec: EngineSpec, progress: Callable[[float], None]) -> argparse.Namespace:
         model_init: Any = importlib.import_module("exllamav3.model_init")
@@ -1375,7 +1372,7 @@ class ExLlamaV3(HfModel):
         self.generator.cancel(self.rows.pop(seq).job)
 
     def embed(self, ids: list[int]) -> Iterator[list[float]]:
-        raise Refused("This engine has no embeddings; llamacpp and transformers have.", "model")
+        raise Refused(f"This engine has no embeddings; {' and '.join(WITH_EMBEDDINGS)} have.", "model")
 
     def close(self) -> None:
         self.generator.clear_queue()
@@ -1446,9 +1443,7 @@ def missing_library(name: str) -> str | None:
 def fits_exllamav3(folder: str, architecture: str) -> bool:
     """Does exllamav3 know this unquantised folder's architecture? It cannot trim hidden sizes that it has had to pad."""
     package = importlib.util.find_spec("exllamav3")
-    config = read_json(folder, "config.json")
-    text = config.get("text_config")
-    size = (text if isinstance(text, dict) else config).get("hidden_size")
+    size = text_config(folder).get("hidden_size")
     if not package or not package.submodule_search_locations or not isinstance(size, int) or size % 128:
         return False
     for source in glob.glob(os.path.join(package.submodule_search_locations[0], "architecture", "*.py")):

@@ -633,6 +633,8 @@ def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str
         _, ids, _ = encode(backend, prompt)
         if not ids:
             raise Refused("An input is empty.", "input")
+        if len(ids) > backend.context:
+            raise too_long(f"an input has {len(ids)} tokens, which", "exceed", backend.context)
         vector: list[float] = []
         for vector in backend.embed(ids):  # noqa: B007 (the last one counts)
             yield None

@@ -189,8 +189,8 @@ EXLLAMAV3_VALUES = """-gs --gpu-split, -or --override, -mcl --moe-cpu-offload, -
     -tpb --tp-backend, -tp_attn --tp-max-parallelism-attn, -tp_mlp --tp-max-parallelism-mlp, -tp_moe --tp-max-parallelism-moe,
     -tp_linear --tp-max-parallelism-linear, -tp_linear_attn --tp-max-parallelism-linear-attn, -ambs --autosplit-max-batch-size,
     -chunk_size --chunk-size, -layer_map --layer-map, -cq --cache-quant, -cca --cache-compand-a, -ccs --cpu-cache-size,
-    -dcd --disk-cache-dir, -dcs --disk-cache-size, -rcs --recurrent-cache-size, -hdt --hybrid-draft-tokens, -ngram_corpus --ngram-corpus, -sdh --sparse-draft-head,
-    -dc --draft-confidence, -dmcl --draft-moe-cpu-layers"""
+    -dcd --disk-cache-dir, -dcs --disk-cache-size, -rcs --recurrent-cache-size, -hdt --hybrid-draft-tokens,
+    -ngram_corpus --ngram-corpus, -sdh --sparse-draft-head, -dc --draft-confidence, -dmcl --draft-moe-cpu-layers"""
 EXLLAMAV3_SWITCHES = """-lm --load-metrics, -tp --tensor-parallel, -mcpa --moe-cpu-pinned-arena, -ngl --ngram-lock, -ngr --ngram-ram,
     -embd --embed-disk, -tp_moe_ts --tp-moe-tensor-split, -swa_full --swa-full, -lv --load-verbose, -asnf --autosplit-no-forward,
     -nw --no-warmup, -rs32 --recurrent-state-fp32, -mtp --mtp, -dds --dynamic-draft"""
@@ -287,9 +287,11 @@ def init(args: argparse.Namespace) -> Models:
             key = os.environ.get(args.upstream_key_env or "", "")
             return EngineSpec(backend, args.upstream, args.max_parallel, key=key)
         backend = choose_backend(model, args.backend)
-        useless = [flag for flag, able in engine_flags().items() if getattr(args, flag) not in UNSET and backend not in able]
-        for flag in useless if model not in catalog.fixed else ():
-            log.warning("%s: --%s does nothing here, the engine is %s", model.id, flag.replace("_", "-"), backend)
+        for flag in useless_flags(args, backend) if model not in catalog.fixed else ():
+            log.warning("%s: %s does nothing here, the engine is %s", model.id, spelled(flag), backend)
+        if args.exllamav3 and backend != "exllamav3":
+            names = ", ".join(word for word in args.exllamav3 if word.startswith("-"))
+            log.warning("%s: for exllamav3 alone, backend %s has no use for it", names, backend)
         embeddings = args.embeddings and backend in WITH_EMBEDDINGS
         path = str(model.path)
         return EngineSpec(
@@ -313,46 +315,50 @@ def init(args: argparse.Namespace) -> Models:
             unknown=profile.unknown_model,
         ),
     )
-    used = {models.spec(model).backend for model in catalog.fixed}
-    check_engine_flags(args, {args.backend} - {"auto"} or used)
+    fixed = [models.spec(model).backend for model in catalog.fixed]
+    check_engine_flags(args, args.backend if args.backend != "auto" else next(iter(fixed), None))
     for name in [args.default_model, *preloaded(args)]:
         if name and catalog.find(name) is None:
             raise UsageError(f"there is no model {name!r} to load; there are: {', '.join(catalog.models()) or 'none'}")
     return models
 
 
+UNSET = (None, "", False, 0, "auto")  # what flags are that nobody has given
+
+
 def engine_flags() -> dict[str, list[str]]:
-    """Flags that mean something to some engines only."""
-    speculate = {how: [name for name, backend in BACKENDS.items() if how in backend.SPECULATES] for how in ("draft", "ngram")}
+    """Flags that mean something to some engines only, and to which."""
+    draft, ngram = ([name for name, backend in BACKENDS.items() if how in backend.SPECULATES] for how in ("draft", "ngram"))
     return {
         "embeddings": WITH_EMBEDDINGS,
         "device": ["transformers"],
         "dtype": ["openvino", "transformers"],
-        "draft_model_dir": speculate["draft"],
-        "ngram_match_min": speculate["ngram"],
+        "draft_model_dir": draft,
+        "ngram_match_min": ngram,
     }
 
 
-def check_engine_flags(args: argparse.Namespace, used: Collection[str]) -> None:
-    """Refuses what the engine of the one model that is served could not honour. Raises UsageError."""
-    for flag, able in engine_flags().items():
-        if getattr(args, flag) not in UNSET and used and not set(able) & set(used):
-            raise UsageError(f"--{flag.replace('_', '-')} needs --backend {' or '.join(able)}")
+def useless_flags(args: argparse.Namespace, backend: str) -> dict[str, list[str]]:
+    """Those that were given and that this engine cannot honour, and who can."""
+    given = {flag: able for flag, able in engine_flags().items() if getattr(args, flag) not in UNSET}
+    return {flag: able for flag, able in given.items() if backend not in able}
+
+
+def spelled(flag: str) -> str:
+    return f"--{flag.replace('_', '-')}"
+
+
+def check_engine_flags(args: argparse.Namespace, backend: str | None) -> None:
+    """Refuses what the engine could not honour; None: that depends on the model. Raises UsageError."""
+    for flag, able in useless_flags(args, backend).items() if backend else ():
+        raise UsageError(f"{spelled(flag)} needs --backend {' or '.join(able)}")
     if args.draft_model_dir and not Path(args.draft_model_dir).exists():
         raise UsageError(f"--draft-model-dir {args.draft_model_dir}: no such file or folder")
-    drafting = (
-        args.draft_model_dir or args.ngram_match_min or {*args.exllamav3} & {"-mtp", "--mtp", "-hdt", "--hybrid_draft_tokens"}
-    )
-    if args.num_draft_tokens and not drafting:
+    others = {*args.exllamav3} & {"-mtp", "--mtp", "-hdt", "--hybrid_draft_tokens"}
+    if args.num_draft_tokens and not (args.draft_model_dir or args.ngram_match_min or others):
         raise UsageError("--num-draft-tokens needs --draft-model-dir or --ngram-match-min")
     if args.draft_model_dir and args.ngram_match_min:
         raise UsageError("--draft-model-dir and --ngram-match-min exclude each other")
-    if args.exllamav3 and used and "exllamav3" not in used:
-        names = ", ".join(word for word in args.exllamav3 if word.startswith("-"))
-        log.warning("%s: for exllamav3 alone, backend %s has no use for it", names, *used)
-
-
-UNSET = (None, "", False, 0, "auto")
 
 
 def preloaded(args: argparse.Namespace) -> list[str]:
@@ -388,7 +394,7 @@ def upstream_model(args: argparse.Namespace) -> Model:
         raise UsageError(f"--upstream-key-env {args.upstream_key_env}: there is no such environment variable")
     for flag in ("model_dir", "models_dir", "chat_template", "cache_size", "length", "record", *engine_flags()):
         if getattr(args, flag, None) not in UNSET:
-            raise UsageError(f"--{flag.replace('_', '-')} has no meaning with --upstream: that server has its own")
+            raise UsageError(f"{spelled(flag)} has no meaning with --upstream: that server has its own")
     if profile_of(args).top_k and "extensions" in LACKS["openai" if args.backend == "auto" else args.backend]:
         raise UsageError("such an upstream has no top_k: add --default-top-k 0, or take --backend vllm")
     return Model(url.netloc.rpartition("@")[2], Path(url.netloc), "upstream", int(time.time()))
