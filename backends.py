@@ -1,7 +1,8 @@
-"""Bindings: one class for each native library, and what is read from a model's own files.
+"""Bindings: one class for each native library.
 
-Each is thin: load, tokenize, start, step, cancel. What every engine has in common stands in engine.py. A library is imported
-inside its binding and nowhere else, so in the engine process alone; the server process only looks whether it is there.
+Each is thin: load, tokenize, start, step, cancel. What every engine has in common stands in engine.py, what is read from a
+model's own files in model_files.py. A library is imported inside its binding and nowhere else, so in the engine process
+alone; the server process only looks whether it is there.
 """
 
 from __future__ import annotations
@@ -21,18 +22,16 @@ import math
 import os
 import re
 import shutil
-import struct
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
+from chat_syntax import ChatTemplate
 from engine import (
     UPSTREAMS,
     Backend,
     EngineFailed,
     EngineSpec,
-    Prompt,
     Refused,
     Sampling,
     Scored,
@@ -41,85 +40,9 @@ from engine import (
     one_line,
     too_long,
 )
+from model_files import gguf_shape, hf_template, own_sampling, read_gguf, read_json, text_config, token_text
 
-# ─────────────────────────────────────────────────── model files ─────────────────────────────────────────────────
-
-GGUF_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-GGUF_STRING, GGUF_ARRAY = 8, 9
-
-
-def read_gguf(path: str) -> dict[str, Any]:
-    """Scalars and strings of a GGUF file's metadata; arrays (the vocabulary) are skipped.
-
-    Format: the GGUF specification of the ggml project, versions 2 and 3. Raises ValueError for what is not one.
-    """
-    with open(path, "rb") as f:
-
-        def unpack(fmt: str) -> Any:
-            data = f.read(struct.calcsize(fmt))
-            if len(data) < struct.calcsize(fmt):
-                raise ValueError("the file is cut off inside its header")
-            return struct.unpack(fmt, data)[0]
-
-        def string() -> str:
-            size = unpack("<Q")
-            if size > 1 << 24:
-                raise ValueError("the header is damaged")
-            return f.read(size).decode("utf-8", "replace")
-
-        def skip_array() -> None:
-            kind, count = unpack("<I"), unpack("<Q")
-            if kind == GGUF_STRING:
-                for _ in range(count):
-                    f.seek(unpack("<Q"), os.SEEK_CUR)
-            elif kind in GGUF_SCALARS:
-                f.seek(count * struct.calcsize(GGUF_SCALARS[kind]), os.SEEK_CUR)
-            else:
-                raise ValueError(f"the header has an array of unknown type {kind}")
-
-        if f.read(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        version, _tensors, count = unpack("<I"), unpack("<Q"), unpack("<Q")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version} is not supported")
-        meta: dict[str, Any] = {}
-        for _ in range(count):
-            key, kind = string(), unpack("<I")
-            if kind == GGUF_ARRAY:
-                skip_array()
-            elif kind == GGUF_STRING:
-                meta[key] = string()
-            elif kind in GGUF_SCALARS:
-                meta[key] = unpack(GGUF_SCALARS[kind])
-            else:
-                raise ValueError(f"the header has a value of unknown type {kind}")
-        return meta
-
-
-def gguf_shape(meta: dict[str, Any]) -> tuple[int, int]:
-    """(training context in tokens, bytes of fp16 KV cache per token; 0 where the header does not say)."""
-    arch = meta.get("general.architecture", "")
-
-    def get(name: str) -> int:
-        return int(meta.get(f"{arch}.{name}", 0))
-
-    heads = get("attention.head_count") or 1
-    head_dim = get("attention.key_length") or get("embedding_length") // heads
-    return get("context_length"), get("block_count") * (get("attention.head_count_kv") or heads) * head_dim * 2 * 2
-
-
-def own_sampling(values: dict[str, Any]) -> dict[str, float]:
-    """The sampling that a model's makers recommend, from generation_config.json or GGUF's general.sampling.*: what is sane of it."""
-    gguf = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
-    found = {name: values.get(name, values.get(f"general.sampling.{key}")) for name, key in gguf.items()}
-    numbers = {name: value for name, value in found.items() if isinstance(value, (int, float)) and 0 <= value < 1e9}
-    if values.get("do_sample") is False:
-        return {}
-    if "temperature" in numbers and numbers["temperature"] < 1e-4:
-        numbers["temperature"] = 0.0
-    if not 0 < numbers.get("top_p", 1) <= 1:
-        del numbers["top_p"]
-    return {name: int(value) if name == "top_k" else float(value) for name, value in numbers.items()}
+# ────────────────────────────────────────────────── the machine ──────────────────────────────────────────────────
 
 
 def physical_cores() -> int:
@@ -143,76 +66,6 @@ def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memo
     if kv_bytes_per_token and memory:
         wanted = min(wanted, max(slots * 256, memory // 4 // kv_bytes_per_token))
     return wanted
-
-
-class ChatTemplate:
-    """A model's Jinja chat template, rendered as Hugging Face's `apply_chat_template` does, in a sandbox."""
-
-    def __init__(self, source: str | None, bos: str, eos: str, more: dict[str, str] | None = None):
-        self.template = None
-        self.fault = "This model has no chat template: start the server with --chat-template FILE."
-        self.source = source
-        self.tokens = {**(more or {}), "bos_token": bos, "eos_token": eos}
-        self.has_developer = source is not None and "developer" in source
-        if source:
-            try:
-                self.template = self.compile(source)
-            except Exception as error:  # completions need no template
-                self.fault = f"This model's chat template cannot be read: {one_line(error)}"
-
-    def compile(self, source: str) -> Any:
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):  # type: ignore[misc]
-            """{% generation %} marks what the assistant says, for training: here it is what stands in it."""
-
-            tags = {"generation"}
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
-        env.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-        env.globals["strftime_now"] = time.strftime
-        env.globals["raise_exception"] = self.refuse
-        return env.from_string(source)
-
-    @staticmethod
-    def refuse(message: str) -> None:
-        raise Refused(f"The model's chat template refuses these messages: {message}", "messages")
-
-    def render(self, prompt: Prompt) -> str:
-        if self.template is None:
-            raise Refused(self.fault, "messages")
-        messages = [dict(m) for m in prompt.messages or ()]
-        mark = ""
-        if prompt.continue_final:  # where the last message ends only the template knows: mark the place and cut there
-            mark = "\ue000cut\ue000"
-            messages[-1]["content"] += mark
-        if not self.has_developer:  # OpenAI's newer name for the system role; few templates know it
-            for message in messages:
-                if message["role"] == "developer":
-                    message["role"] = "system"
-        try:
-            variables = {
-                "tools": None,
-                "documents": None,
-                **self.tokens,
-                **prompt.template_kwargs,
-                "add_generation_prompt": prompt.generation_prompt and not mark,
-            }
-            text = str(self.template.render(messages=messages, **variables))
-            if mark and mark not in text:
-                raise Refused("The model's chat template cannot continue the final message.", "continue_final_message")
-            return text.rpartition(mark)[0] if mark else text
-        except Refused:
-            raise
-        except Exception as error:
-            raise Refused(f"The model's chat template cannot render these messages: {one_line(error)}", "messages") from None
 
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
@@ -379,16 +232,6 @@ class OpenVino:
 
     def close(self) -> None:
         del self.pipe
-
-
-def read_json(folder: str, name: str) -> dict[str, Any]:
-    """A model folder's optional JSON file; {} where there is none."""
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            data = json.load(f)
-        return data if isinstance(data, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 # ───────────────────────────────────────────────────── llama.cpp ─────────────────────────────────────────────────
@@ -825,13 +668,6 @@ class HfModel:
         return self.literals[token] if special else self.pieces[token]
 
 
-def text_config(folder: str) -> dict[str, Any]:
-    """config.json; of a model that also sees, the part about its language model."""
-    config = read_json(folder, "config.json")
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
-
-
 def no_token_left() -> Refused:
     return Refused("'logit_bias' bans every token that may come next.", "logit_bias")
 
@@ -839,25 +675,6 @@ def no_token_left() -> Refused:
 def grammar_failed(matcher: Any) -> Refused:
     """Of llguidance's matcher: the grammar is bad, or takes more than its limits allow."""
     return Refused(f"The grammar cannot be followed: {one_line(ValueError(matcher.get_error()))}", "structured_outputs")
-
-
-def token_text(value: Any) -> str:
-    """A special token as tokenizer_config.json may write it: text, or an object with its text."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else ""
-
-
-def hf_template(folder: str, tokenizer_config: dict[str, Any]) -> str | None:
-    """A model folder's chat template, where its makers may have put it; of several the one named default."""
-    try:
-        with open(os.path.join(folder, "chat_template.jinja"), encoding="utf-8") as f:
-            return f.read()
-    except OSError:
-        found = read_json(folder, "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
 
 
 def byte_letters() -> dict[str, int]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, until
 
-import model_init
 from backends import missing_library
+from catalog import COMPLETE
 
 SCRIPT = str(ROOT / "openai_api_endpoint.py")
 NATIVE = ("numpy", "openvino", "openvino_genai", "llama_cpp", "torch", "jinja2")
@@ -78,7 +78,7 @@ def test_wrong_command_lines(args, words, tmp_path, demo):
     (tmp_path / "short").write_bytes(demo.path.read_bytes()[:200])
     for name, missing in (("ir", "openvino_tokenizer.xml"), ("ir_full", "")):
         (tmp_path / name).mkdir()
-        for file in [name for (name,) in model_init.COMPLETE["openvino"]]:
+        for file in [name for (name,) in COMPLETE["openvino"]]:
             if file != missing:
                 (tmp_path / name / file).touch()
     args = [str(demo.path) if a == "@demo" else str(tmp_path / a[1:]) if a.startswith("@") else a for a in args]

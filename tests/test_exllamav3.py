@@ -20,8 +20,8 @@ from conftest import ROOT, serve_one, sse, until
 import backends
 import openai_api_endpoint as endpoint
 from backends import ExLlamaV3, lacks_cuda, lark_grammar, missing_library
+from catalog import UsageError, choose_backend, find_model
 from engine import Delta, Engine, EngineFailed, EngineLoop, EngineSpec, Prompt, Refused, Sampling, Started, backend_class
-from model_init import UsageError, choose_backend, find_model
 
 PINNED = ExLlamaV3.INSTALL.split()[-1]
 LACK = missing_library("transformers")  # the fake needs torch and llguidance

@@ -5,21 +5,20 @@ import re
 
 import pytest
 
-from engine import Sampling
-from openai_api_endpoint import (
+from api_errors import ApiError
+from api_request import (
     ALIASES,
     BODIES,
     CHAT,
     COMPLETIONS,
     INERT,
-    ApiError,
-    Prompt,
     chat_prompt,
     check_together,
     parse_json,
     read_fields,
     sampling_from,
 )
+from engine import Prompt, Sampling
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -10,8 +10,8 @@ import struct
 
 import pytest
 
+from api_request import BODIES, CHAT, COMPLETIONS, NEVER, engines_with
 from backends import LACKS
-from openai_api_endpoint import BODIES, CHAT, COMPLETIONS, NEVER, engines_with
 
 STORY = "Write a long story about a lighthouse."
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import serve, serve_many, sse, until
 
+import catalog as catalog_room
 import model_init
 import openai_api_endpoint as endpoint
+from catalog import COMPLETE, OSAURUS_NAMES, Catalog, Model, UsageError, choose_backend
 from engine import EngineSpec
-from model_init import COMPLETE, PROFILES, Catalog, Life, Model, UsageError, choose_backend
+from model_init import PROFILES, Life
 
 IR = [group[0] for group in COMPLETE["openvino"]]
 HF = ["config.json", "tokenizer.json", "model.safetensors"]
@@ -148,11 +150,11 @@ def test_the_names_that_a_model_answers_to(files, names, tmp_path):
 
 
 def test_the_eight_names_of_osaurus(tmp_path):
-    for name in model_init.OSAURUS_NAMES:
+    for name in OSAURUS_NAMES:
         write_gguf(tmp_path / name / "m.gguf")
     catalog = Catalog(tmp_path, osaurus=True)
-    assert {catalog.public(model) for model in catalog.models().values()} == set(model_init.OSAURUS_NAMES.values())
-    assert len(model_init.OSAURUS_NAMES) == 8
+    assert {catalog.public(model) for model in catalog.models().values()} == set(OSAURUS_NAMES.values())
+    assert len(OSAURUS_NAMES) == 8
 
 
 def test_a_file_and_a_folder_of_one_name(tmp_path):
@@ -172,13 +174,15 @@ def test_which_engine_loads_what(tmp_path, monkeypatch):
     write_gguf(tmp_path / "llama.gguf", architecture="llama")
     write_gguf(tmp_path / "other.gguf", architecture="gemma3")
     models = Catalog(tmp_path).models()
-    monkeypatch.setattr(model_init, "missing_library", lambda name: None)
-    monkeypatch.setattr(model_init, "fits_exllamav3", lambda folder, architecture: False)
+    monkeypatch.setattr(catalog_room, "missing_library", lambda name: None)
+    monkeypatch.setattr(catalog_room, "fits_exllamav3", lambda folder, architecture: False)
     chosen = {name: choose_backend(model, "auto") for name, model in models.items()}
     assert chosen == {"hf": "transformers", "exl3": "exllamav3", "ir": "openvino", "llama": "llamacpp", "other": "llamacpp"}
-    monkeypatch.setattr(model_init, "fits_exllamav3", lambda folder, architecture: True)
+    monkeypatch.setattr(catalog_room, "fits_exllamav3", lambda folder, architecture: True)
     assert choose_backend(models["hf"], "auto") == "exllamav3"
-    monkeypatch.setattr(model_init, "missing_library", lambda name: "no " + name if name in ("llamacpp", "exllamav3") else None)
+    monkeypatch.setattr(
+        catalog_room, "missing_library", lambda name: "no " + name if name in ("llamacpp", "exllamav3") else None
+    )
     assert [choose_backend(models[name], "auto") for name in ("hf", "llama")] == ["transformers", "openvino"]
     for name, asked, says in (
         ("hf", "llamacpp", "backend llamacpp cannot load a Hugging Face folder; exllamav3 and transformers can"),

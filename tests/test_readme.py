@@ -8,9 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from api_request import BODIES, COMBINED, INERT, NEVER, engines_with  # noqa: E402
 from backends import LACKS  # noqa: E402
 from model_init import PROFILES  # noqa: E402
-from openai_api_endpoint import BODIES, COMBINED, INERT, NEVER, engines_with, make_parser  # noqa: E402
+from openai_api_endpoint import make_parser  # noqa: E402
 
 README = ROOT / "README.md"
 TITLES = {

@@ -15,7 +15,8 @@ from conftest import ROOT, until
 from test_cli import Command
 
 from backends import missing_library
-from model_init import OSAURUS_NAMES, PROFILES
+from catalog import OSAURUS_NAMES
+from model_init import PROFILES
 
 OPENAI_JS = "openai@7.55.0"
 CHAT_KEYS = {"id", "object", "created", "model", "choices", "usage"}

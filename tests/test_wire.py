@@ -1,19 +1,9 @@
 """Replies, chunks and errors, to the byte."""
 
+from api_errors import ApiError, as_api_error
+from api_reply import CHAT_SHAPE, TEXT_SHAPE, Choice, Chunks, Completion, compact, merge, sse
+from api_request import Constraint
 from engine import Delta, EngineFailed, QueueFull, Refused, Started, TokenLogprob
-from openai_api_endpoint import (
-    CHAT_SHAPE,
-    TEXT_SHAPE,
-    ApiError,
-    Choice,
-    Chunks,
-    Completion,
-    Constraint,
-    as_api_error,
-    compact,
-    merge,
-    sse,
-)
 
 
 def completion(n=1, shape=CHAT_SHAPE, **fields):

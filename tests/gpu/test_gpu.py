@@ -14,8 +14,8 @@ import pytest
 import tiny_llama
 from conftest import serve_one, sse, until
 
+from catalog import choose_backend, find_model
 from engine import EngineSpec
-from model_init import choose_backend, find_model
 
 LONG = "All work and no play makes Jack a dull boy. " * 25
 SCHEMA = {

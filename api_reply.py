@@ -1,0 +1,268 @@
+"""What a reply looks like: a completion, its chunks, its log probabilities. Pure functions over deltas: no socket, no engine.
+
+One assembler, Completion, stands above all engines, so that an answer has the same shape whichever of them made it.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import json
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from api_errors import ApiError
+from api_request import Constraint
+from engine import Delta, Details, Event, Started, TokenLogprob, log
+
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every call
+
+
+def compact(value: Any) -> bytes:
+    return ENCODER.encode(value).encode("utf-8", "replace")
+
+
+class Choice:
+    """One choice, assembled from its deltas."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.finish: str | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for text_offset: characters may span tokens
+        self.offset = 0  # characters of the tokens so far
+
+
+@dataclass(slots=True)
+class Completion:
+    """One request's answer as it comes: what every chunk repeats, and what the usage and the log line count."""
+
+    id: str
+    model: str
+    fingerprint: str
+    choices: list[Choice]
+    shape: Shape
+    logprobs: bool = False  # wanted
+    constraint: Constraint | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    prompt_tokens: int = 0
+    cached_tokens: int | None = 0
+    tokens: int = 0
+    started_at: float = 0.0  # these three: seconds on the engine's clock
+    first_at: float = 0.0
+    last_at: float = 0.0
+    details: list[Details] = field(default_factory=list)
+
+    def start(self, event: Started) -> None:
+        self.started_at = self.started_at or event.at
+        self.prompt_tokens += event.prompt_tokens
+        known = self.cached_tokens is not None and event.cached_tokens is not None
+        self.cached_tokens = (self.cached_tokens or 0) + (event.cached_tokens or 0) if known else None
+
+    def add(self, delta: Delta) -> Delta:
+        """Take a delta in; returns it as the client is to see it: `stop` only where a constraint holds."""
+        choice = self.choices[delta.choice]
+        self.tokens += delta.tokens
+        self.first_at, self.last_at = self.first_at or delta.at, delta.at
+        choice.text.append(delta.text)
+        if delta.finish in ("stop", "cut"):
+            text, cut = "".join(choice.text), delta.finish == "cut"
+            wrong = self.constraint.fault(text, cut) if self.constraint else None
+            if wrong:
+                log.info("%s: a stop string or token has cut a constrained text: %s", self.id, wrong)
+            delta = delta._replace(finish="length" if wrong else "stop")
+        choice.finish = delta.finish
+        return delta
+
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.tokens,
+            "total_tokens": self.prompt_tokens + self.tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """llama-server's names. Prefill up to the first token, then decoding; by the engine's clock, the queue left out."""
+        prompt_ms, predicted_ms = (self.first_at - self.started_at) * 1000, (self.last_at - self.first_at) * 1000
+        prompt_n = self.prompt_tokens - (self.cached_tokens or 0)
+        return {
+            "cache_n": self.cached_tokens,
+            "prompt_n": prompt_n,
+            "prompt_ms": round(prompt_ms, 3),
+            "prompt_per_second": round(prompt_n / prompt_ms * 1000, 2) if prompt_ms > 0 else None,
+            "predicted_n": self.tokens,
+            "predicted_ms": round(predicted_ms, 3),
+            "predicted_per_second": round(max(0, self.tokens - len(self.choices)) / predicted_ms * 1000, 2)
+            if predicted_ms > 0
+            else None,
+        }
+
+    def reply(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.shape.whole,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": [
+                {
+                    "index": i,
+                    **self.shape.content("".join(choice.text)),
+                    "logprobs": self.shape.logprobs(choice, choice.logprobs) if self.logprobs else None,
+                    "finish_reason": choice.finish,
+                }
+                for i, choice in enumerate(self.choices)
+            ],
+            "usage": self.usage(),
+            "timings": self.timings(),
+        }
+
+
+def chat_logprobs(_: Choice, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def named(data: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": logprob}
+
+    shown = [entry for entry in entries if entry.shown]
+    content = [named(e.data, e.logprob) | {"top_logprobs": [named(*pair) for pair in e.top]} for e in shown]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(choice: Choice, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+    """The legacy shape. Every token is listed, also the EOS that ended the text; text_offset counts characters."""
+
+    def name(data: bytes) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    shape: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        shape["tokens"].append(name(entry.data))
+        shape["token_logprobs"].append(entry.logprob)
+        top = dict(reversed([(name(data), logprob) for data, logprob in entry.top]))
+        shape["top_logprobs"].append(None if entry.logprob is None else {name(entry.data): entry.logprob} | top)
+        shape["text_offset"].append(choice.offset)
+        choice.offset += len(choice.utf8.decode(entry.data)) if entry.shown else 0
+    return shape
+
+
+class Shape(NamedTuple):
+    """What differs between the chat and the legacy text route."""
+
+    prefix: str
+    whole: str  # "object" of a reply
+    part: str  # "object" of a chunk
+    content: Callable[[str], dict[str, Any]]
+    logprobs: Callable[[Choice, Iterable[TokenLogprob]], dict[str, Any]]
+    opening: bytes  # what a stream begins with, for each choice
+    piece: bytes  # a chunk's text, already JSON
+    closing: bytes
+
+
+CHAT_SHAPE = Shape(
+    "chatcmpl-",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    chat_logprobs,
+    b'"delta":{"role":"assistant","content":"","refusal":null}',
+    b'"delta":{"content":%s}',
+    b'"delta":{}',
+)
+TEXT_SHAPE = Shape(
+    "cmpl-", "text_completion", "text_completion", lambda text: {"text": text}, text_logprobs, b"", b'"text":%s', b'"text":""'
+)
+
+
+class Chunks:
+    """The SSE events of one streamed completion. Only the text is serialized per chunk: the rest is the same in all."""
+
+    def __init__(self, completion: Completion, include_usage: bool):
+        self.completion, self.shape = completion, completion.shape
+        head = {"id": completion.id, "object": self.shape.part, "created": completion.created, "model": completion.model}
+        head["system_fingerprint"] = completion.fingerprint
+        self.head = b"data: " + compact(head)[:-1] + b',"choices":['
+        self.tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
+        return b'%s{"index":%d,%s,"logprobs":%s,"finish_reason":%s}%s' % (
+            self.head,
+            index,
+            content,
+            logprobs,
+            finish,
+            self.tail,
+        )
+
+    def opening(self) -> bytes:
+        count = range(len(self.completion.choices))
+        return b"".join(self.chunk(i, self.shape.opening) for i in count) if self.shape.opening else b""
+
+    def delta(self, delta: Delta) -> bytes:
+        out, logprobs = b"", b"null"
+        if delta.logprobs and self.completion.logprobs:
+            logprobs = compact(self.shape.logprobs(self.completion.choices[delta.choice], delta.logprobs))
+        if delta.text or logprobs != b"null":
+            out = self.chunk(delta.choice, self.shape.piece % compact(delta.text), logprobs)
+        if delta.finish:
+            out += self.chunk(delta.choice, self.shape.closing, finish=b'"%s"' % delta.finish.encode())
+        return out
+
+    def last(self, **members: Any) -> bytes:
+        """A chunk without choices."""
+        return self.head + b"]," + compact(members)[1:] + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def sse(payload: Any) -> bytes:
+    return b"data: " + compact(payload) + b"\n\n"
+
+
+def merge(events: list[Event]) -> Iterator[Event]:
+    """One delta per choice out of what has queued up: a slow client gets bigger chunks, not a longer queue."""
+    if len(events) == 1:
+        yield events[0]
+        return
+    merged: dict[int, Delta] = {}
+    for event in events:
+        if not isinstance(event, Delta):
+            yield event
+        elif old := merged.get(event.choice):
+            merged[event.choice] = event._replace(
+                text=old.text + event.text, tokens=old.tokens + event.tokens, logprobs=old.logprobs + event.logprobs
+            )
+        else:
+            merged[event.choice] = event
+    yield from merged.values()
+
+
+def piece_json(piece: bytes) -> str | list[int]:
+    """llama-server's rule: a string, or the bytes where they are half a character."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+def embedding(index: int, vector: list[float], values: dict[str, Any]) -> dict[str, Any]:
+    """One row of the embeddings reply; base64 is what the official SDK asks for."""
+    wanted = values.get("dimensions", len(vector))
+    if wanted > len(vector):
+        raise ApiError(400, f"'dimensions' must be at most {len(vector)} for this model.", "dimensions")
+    if wanted < len(vector):
+        vector = vector[:wanted]
+        length = sum(x * x for x in vector) ** 0.5 or 1.0
+        vector = [x / length for x in vector]
+    packed = (
+        base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        if values.get("encoding_format") == "base64"
+        else vector
+    )
+    return {"object": "embedding", "index": index, "embedding": packed}

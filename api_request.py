@@ -1,0 +1,602 @@
+"""What a request may say: the field tables, their readers, and what of them an engine honours. No socket, no engine.
+
+A field is declared in one row: validation, GET /v1/capabilities and the tables in the docs all come from it. Whatever is
+wrong with a body is an ApiError that names the field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from api_errors import ApiError
+from backends import LACKS
+from constraints import (
+    Unsupported,
+    choice_grammar,
+    object_grammar,
+    own_grammar,
+    regex_grammar,
+    regex_matches,
+    schema_grammar,
+    violation,
+)
+from engine import Prompt, Sampling
+from model_init import ROLES
+
+# ──────────────────────────────────────────────── kinds of values ────────────────────────────────────────────────
+
+
+class Kind(NamedTuple):
+    """A type with its range: `says` completes "must be …", `read` returns the value or raises ValueError."""
+
+    says: str
+    read: Callable[[Any], Any]
+
+
+def check(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def number(low: float, high: float, above: bool = False) -> Kind:
+    def read(value: Any) -> float:
+        check(isinstance(value, (int, float)) and not isinstance(value, bool))
+        check(low <= value <= high and not (above and value == low))  # NaN fails it
+        return float(value)
+
+    if high == BIG:
+        return Kind(f"a number above {low:g}" if above else f"a number, {low:g} or more", read)
+    return Kind(f"a number {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}", read)
+
+
+def integer(low: int, high: int) -> Kind:
+    def read(value: Any) -> int:
+        check(isinstance(value, (int, float)) and not isinstance(value, bool))
+        check(low <= value <= high and value == int(value))  # clients send 1 and 1.0 alike
+        return int(value)
+
+    if high == BIG:
+        return Kind("an integer" if low == -BIG else f"an integer, {low} or more", read)
+    return Kind(f"an integer from {low} to {high}", read)
+
+
+def read_boolean(value: Any) -> bool:
+    check(isinstance(value, bool))
+    return bool(value)
+
+
+def read_string(value: Any) -> str:
+    check(isinstance(value, str))
+    return str(value)
+
+
+def read_name(value: Any) -> str:
+    check(isinstance(value, str) and len(value) <= 256)
+    return str(value)
+
+
+def one_of(*names: str) -> Kind:
+    def read(value: Any) -> str:
+        check(value in names)
+        return str(value)
+
+    return Kind(" or ".join(names), read)
+
+
+def read_stop(value: Any) -> list[str | int]:
+    items = value if isinstance(value, list) else [value]
+    check(len(items) <= 16)
+    for item in items:
+        if isinstance(item, str):
+            check(0 < len(item) <= 256)
+        else:
+            check(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < BIG)
+    return items
+
+
+def read_stream_options(value: Any) -> bool:
+    check(isinstance(value, dict) and set(value) <= {"include_usage", "include_obfuscation"})
+    check(value.get("include_obfuscation", False) in (False, None))
+    return read_boolean(value.get("include_usage") or False)
+
+
+BIG = 2**63 - 1
+BOOLEAN = Kind("true or false", read_boolean)
+STRING = Kind("a string", read_string)
+NAME = Kind("a string of up to 256 characters", read_name)
+ANYTHING = Kind("anything", lambda value: value)
+STOP = Kind("a string of 1 to 256 characters, a token id, or up to 16 of either", read_stop)
+STREAM_OPTIONS = Kind('an object like {"include_usage": true}', read_stream_options)
+
+
+def read_ids(value: Any) -> tuple[int, ...]:
+    check(isinstance(value, list) and len(value) <= 1 << 20)
+    check(all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in value))
+    return tuple(value)
+
+
+def read_prompts(value: Any) -> list[Prompt]:
+    """A string, an array of strings, an array of token ids, or an array of those: up to 256 prompts."""
+    if isinstance(value, str):
+        return [Prompt(text=value)]
+    check(isinstance(value, list) and bool(value))
+    if isinstance(value[0], int):
+        return [Prompt(tokens=read_ids(value))]
+    check(len(value) <= 256)
+    return [Prompt(text=item) if isinstance(item, str) else Prompt(tokens=read_ids(item)) for item in value]
+
+
+def read_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    check(isinstance(value, dict) and len(value) <= 1024)
+    bias = number(-100, 100).read
+    check(all(re.fullmatch(r"[0-9]{1,9}", token) for token in value))
+    return tuple((int(token), bias(weight)) for token, weight in value.items())
+
+
+def read_template_kwargs(value: Any) -> dict[str, Any]:
+    check(isinstance(value, dict) and not RESERVED & set(value))
+    return dict(value)
+
+
+RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}  # the server's own template variables
+PROMPTS = Kind("a string, an array of strings, an array of token ids, or an array of those (1 to 256)", read_prompts)
+IDS = Kind("an array of token ids", read_ids)
+LOGIT_BIAS = Kind("an object of token ids to numbers from -100 to 100", read_logit_bias)
+TEMPLATE_KWARGS = Kind(f"an object without {', '.join(sorted(RESERVED))}", read_template_kwargs)
+
+
+# ────────────────────────────────────────────────── constraints ──────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a completion must be: the grammar that the engine follows, and the check when it has ended."""
+
+    grammar: str
+    check: Callable[[str], str | None] | None  # what is wrong with a finished text, or None; without: only the engine knows
+
+    def fault(self, text: str, cut: bool) -> str | None:
+        """What is wrong with a text that the engine has ended, or that a stop string or token has cut."""
+        if self.check is None:
+            return "it ends where the grammar may not" if cut else None
+        try:
+            return self.check(text)
+        except Unsupported as error:
+            return str(error)
+
+
+def json_constraint(schema: Any, where: str) -> Constraint:
+    def wrong(text: str) -> str | None:
+        try:
+            return violation(schema, json.loads(text))
+        except ValueError as error:
+            return f"it is not JSON: {error}"
+
+    return Constraint(refuse_unsupported(schema_grammar, schema, where), wrong)
+
+
+def refuse_unsupported(convert: Callable[[Any], str], source: Any, where: str) -> str:
+    try:
+        return convert(source)
+    except Unsupported as error:
+        raise ApiError(400, f"'{where}' cannot be honoured: {error}", where, "unsupported_constraint") from None
+
+
+def read_response_format(value: Any) -> Constraint | None:
+    check(isinstance(value, dict))
+    given = {name: item for name, item in value.items() if item is not None}
+    kind = given.get("type")
+    if kind == "json_object" and "schema" in given:  # llama-server's spelling
+        kind, given = "json_schema", {"type": "json_schema", "json_schema": {"schema": given.get("schema")}}
+    check(set(given) <= {"type", "json_schema"} and (kind == "json_schema" or len(given) == 1))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint(object_grammar(), json_constraint({"type": "object"}, "response_format").check)
+    value = given
+    check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
+    check(set(value["json_schema"]) <= {"name", "description", "schema", "strict"})
+    check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
+    return json_constraint(value["json_schema"]["schema"], "response_format")
+
+
+def read_structured_outputs(value: Any) -> Constraint | None:
+    check(isinstance(value, dict))
+    given = {name: item for name, item in value.items() if item is not None}
+    if not given:
+        return None
+    check(len(given) == 1)
+    ((name, source),) = given.items()
+    where = "structured_outputs"
+    if name == "json":
+        try:
+            source = parse_json(source.encode()) if isinstance(source, str) else source
+        except ApiError as error:
+            raise ApiError(400, f"'{where}': {error.message}", where) from None
+        return json_constraint(source, where)
+    if name == "regex":
+        check(isinstance(source, str))
+        grammar = refuse_unsupported(regex_grammar, source, where)
+        return Constraint(grammar, lambda text: None if regex_matches(source, text) else "it does not match the regex")
+    if name == "choice":
+        check(isinstance(source, list) and bool(source) and all(isinstance(item, str) and item for item in source))
+        grammar = refuse_unsupported(choice_grammar, source, where)
+        return Constraint(grammar, lambda text: None if text in source else "it is none of the choices")
+    check(name == "grammar" and isinstance(source, str) and 0 < len(source) <= 100_000)
+    return Constraint(refuse_unsupported(own_grammar, source, where), None)
+
+
+RESPONSE_FORMAT = Kind(
+    '{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": …}}', read_response_format
+)
+STRUCTURED = Kind("an object with one of json, regex, choice, grammar", read_structured_outputs)
+
+
+# ─────────────────────────────────────────────────── messages ────────────────────────────────────────────────────
+
+MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # passed on: templates know them
+
+
+def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
+    """[{role, content}] with the content's text parts joined. Other keys that clients send back are dropped."""
+    if not isinstance(value, list) or not value:
+        raise ApiError(400, "'messages' must be a non-empty array of {role, content}.", "messages")
+    return tuple(read_message(message, f"messages[{i}]") for i, message in enumerate(value))
+
+
+def read_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ApiError(400, f"'{where}' must be an object with role and content.", where)
+    role = message.get("role")
+    if role not in ROLES:
+        raise ApiError(400, f"'{where}.role' must be one of {', '.join(ROLES)}.", f"{where}.role")
+    content = message.get("content")
+    if content is None and role != "assistant":
+        raise ApiError(400, f"'{where}.content' must be a string or an array of text parts.", f"{where}.content")
+    kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key)}
+    return {"role": role, "content": read_content(content, f"{where}.content"), **kept}
+
+
+def read_content(content: Any, where: str) -> str:
+    """The one place that turns message parts into text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ApiError(400, f"'{where}' must be a string or an array of text parts.", where)
+    for i, part in enumerate(content):
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else None
+            hint = f" This server has no parts of type {kind[:40]!r}." if isinstance(kind, str) and kind != "text" else ""
+            raise ApiError(400, f'\'{where}[{i}]\' must be {{"type":"text","text":…}}.{hint}', f"{where}[{i}]")
+    return "".join(part["text"] for part in content)
+
+
+MESSAGES = Kind("a non-empty array of {role, content}", read_messages)
+
+
+# ────────────────────────────────────────────────── the tables ───────────────────────────────────────────────────
+
+
+class Field(NamedTuple):
+    """A request field. `needs`: what of FEATURES the engine must have, unless the value is one of `free`; NEVER: no engine has it."""
+
+    kind: Kind
+    help: str
+    needs: str = ""
+    free: tuple[Any, ...] = ()
+
+
+NEVER = "never"
+
+
+def never(*free: Any) -> Field:
+    """A field that would change the answer and that nothing honours, with the values at which it changes nothing."""
+    return Field(
+        ANYTHING, "refused" + (f", but for {' and '.join(json.dumps(value) for value in free)}" if free else ""), NEVER, free
+    )
+
+
+# The one place where a field is declared: validation, GET /v1/capabilities and the docs' tables all come from these rows.
+GENERATION = {
+    "model": Field(NAME, "an id or alias of GET /v1/models; where only one is served, any name; the reply echoes it"),
+    "stream": Field(BOOLEAN, "answer as server-sent events"),
+    "stream_options": Field(STREAM_OPTIONS, "`include_usage`: one more chunk with the usage; only with stream"),
+    "temperature": Field(number(0, 2), "0 is greedy; default: the model's own, else 0.7"),
+    "top_p": Field(number(0, 1, above=True), "nucleus sampling; default: the model's own, else 1"),
+    "top_k": Field(integer(-1, BIG), "sample from the k best; 0 or -1 is off; default: the model's own, else off", "extensions", (0, -1)),
+    "min_p": Field(number(0, 1), "drop tokens less likely than min_p times the best; default 0", "extensions", (0,)),
+    "presence_penalty": Field(number(-2, 2), "against tokens already in the completion; default 0"),
+    "frequency_penalty": Field(number(-2, 2), "the same, by how often; default 0"),
+    "repetition_penalty": Field(number(0.01, 100), "against tokens already in prompt or completion; 1, the default, is off", "extensions", (1,)),
+    "n": Field(integer(1, 8), "independent choices; they share one prefill; default 1"),
+    "seed": Field(integer(-BIG, BIG), "same seed, same sampling; choice i uses seed + i"),
+    "stop": Field(STOP, "end before this text or token; never part of the answer"),
+    "stop_token_ids": Field(IDS, "end before one of these tokens", "extensions", ([],)),
+    "min_tokens": Field(integer(0, BIG), "no EOS is sampled, and nothing ends the completion, before so many tokens; default 0", "extensions", (0,)),
+    "ignore_eos": Field(BOOLEAN, "go on after EOS, up to max_tokens", "extensions", (False,)),
+    "logit_bias": Field(LOGIT_BIAS, "added to logits, by token id; -100 bans", "logit_bias", ({},)),
+    "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema", "constraints", ({"type": "text"},)),
+    "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF", "constraints", ({},)),
+    "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling (also header `X-Debug: prompt`)", "inside", (False,)),
+    "guided_json": never(),
+    "guided_regex": never(),
+    "guided_choice": never(),
+    "guided_grammar": never(),
+    "grammar": never(""),
+    "bad_words": never([]),
+    "allowed_token_ids": never([]),
+    "prompt_logprobs": never(),
+    "prediction": never(),
+}  # fmt: skip
+CHAT = GENERATION | {
+    "messages": Field(MESSAGES, "the conversation; content is a string or an array of text parts"),
+    "max_tokens": Field(integer(1, BIG), "most tokens to generate; default: what the context has left"),
+    "max_completion_tokens": Field(integer(1, BIG), "the same, and wins over max_tokens"),
+    "logprobs": Field(BOOLEAN, "log probabilities of the tokens, from the raw logits"),
+    "top_logprobs": Field(integer(0, 20), "and of so many alternatives; only with logprobs", "top_logprobs", (0,)),
+    "chat_template_kwargs": Field(TEMPLATE_KWARGS, "more variables for the chat template", "template", ({},)),
+    "add_generation_prompt": Field(BOOLEAN, "end the prompt with the beginning of an assistant message; default true", "template", (True,)),
+    "continue_final_message": Field(BOOLEAN, "go on with the last message, which must be the assistant's", "template", (False,)),
+    "tools": never([]),
+    "tool_choice": never("none", "auto"),
+    "parallel_tool_calls": never(True, False),
+    "functions": never([]),
+    "function_call": never("none", "auto"),
+    "modalities": never(["text"]),
+    "audio": never(),
+    "reasoning_effort": never(),
+    "verbosity": never(),
+    "web_search_options": never(),
+    "chat_template": never(),
+    "echo": never(False),
+    "best_of": never(1),
+    "suffix": never(""),
+}  # fmt: skip
+COMPLETIONS = GENERATION | {
+    "prompt": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those"),
+    "max_tokens": Field(integer(0, BIG), "most tokens to generate; default 16, as OpenAI's; 0 only with echo"),
+    "logprobs": Field(integer(0, 20), "log probabilities of the tokens, and of so many alternatives", "top_logprobs", (0,)),
+    "echo": Field(BOOLEAN, "the prompt comes first; with logprobs its tokens are scored"),
+    "best_of": Field(integer(1, 8), "honoured where it equals n"),
+    "suffix": never(""),
+}  # fmt: skip
+EMBEDDINGS = {
+    "model": GENERATION["model"],
+    "input": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those", "embeddings"),
+    "encoding_format": Field(one_of("float", "base64"), "base64: little-endian float32", "embeddings"),
+    "dimensions": Field(integer(1, 1 << 16), "the first so many, scaled to length 1 again", "embeddings"),
+}
+TOKENIZE = {
+    "model": GENERATION["model"],
+    "content": Field(STRING, "the text; `prompt` and `text` are the same"),
+    "prompt": Field(STRING, "the text"),
+    "text": Field(STRING, "the text"),
+    "messages": Field(MESSAGES, "or a conversation, rendered by the chat template"),
+    "add_special": Field(BOOLEAN, "add BOS where the model wants it; default: only to text"),
+    "add_special_tokens": Field(BOOLEAN, "the same"),
+    "with_pieces": Field(BOOLEAN, "tell each token's text, or its bytes where they are not text"),
+    "return_token_strs": Field(BOOLEAN, "the same as an array `token_strs`"),
+    "add_generation_prompt": CHAT["add_generation_prompt"],
+    "continue_final_message": CHAT["continue_final_message"],
+    "chat_template_kwargs": CHAT["chat_template_kwargs"],
+}
+DETOKENIZE = {"model": GENERATION["model"], "tokens": Field(IDS, "token ids")}
+TEMPLATE = {
+    name: CHAT[name]
+    for name in ("model", "messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+}
+OPERATE = {
+    "model": GENERATION["model"],
+    "stream": Field(BOOLEAN, "load: tell the progress as server-sent events"),
+}
+PROMPT_FIELDS = {
+    "/chat/completions": "messages", "/embeddings": "input", "/tokenize": "content", "/detokenize": "tokens",
+    "/apply-template": "messages",
+}  # fmt: skip
+ALIASES = {"repeat_penalty": "repetition_penalty"}
+INERT = (  # change nothing about an answer
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
+
+# What a value or two fields together need of the engine: (says, condition, field to blame, feature).
+COMBINED: tuple[tuple[str, Callable[[dict[str, Any]], bool], str, str], ...] = (
+    ("`echo` with `logprobs`", lambda v: bool(v.get("echo")) and v.get("logprobs") is not None, "echo", "scores"),
+    ("a token id in `stop`", lambda v: any(isinstance(item, int) for item in v.get("stop", ())), "stop", "extensions"),
+)
+
+
+# ───────────────────────────────────────────────── reading a body ─────────────────────────────────────────────────
+
+
+class Fields(NamedTuple):
+    """A request body, read: fields that were given, and names that nobody knows."""
+
+    values: dict[str, Any]
+    ignored: list[str]
+
+
+def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bool = False) -> Fields:
+    """Every field is honoured, inert, refused by name (400), or unknown and listed (`strict`: refused). null is absent."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    values: dict[str, Any] = {}
+    ignored: list[str] = []
+    for sent, value in body.items():
+        name = ALIASES.get(sent, sent)
+        if value is None or name in INERT:
+            continue
+        if name not in table:
+            ignored.append(sent)
+            continue
+        field_ = table[name]
+        if field_.needs and not any(same_value(value, free) for free in field_.free):
+            refuse_lacking(sent, field_.needs, engine)
+        if field_.needs == NEVER:
+            continue
+        try:
+            values[name] = field_.kind.read(value)
+        except (ValueError, OverflowError):
+            raise ApiError(400, f"'{sent}' must be {field_.kind.says}.", sent) from None
+    if strict and ignored:
+        raise ApiError(
+            400, f"'{ignored[0]}' is not a field of this route (--strict): leave it out.", ignored[0], "unknown_parameter"
+        )
+    for says, condition, param, feature in COMBINED:
+        if condition(values):
+            refuse_lacking(param, feature, engine, says.replace("`", "'"))
+    return Fields(values, ignored)
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """0 and 0.0 are the same, 0 and false are not."""
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def engines_with(feature: str) -> list[str]:
+    return [] if feature == NEVER else [name for name, lacks in LACKS.items() if feature not in lacks]
+
+
+def refuse_lacking(param: str, feature: str, engine: str, says: str = "") -> None:
+    able = engines_with(feature)
+    if engine in able or (engine not in LACKS and feature != NEVER):  # a binding of the user's own speaks for itself
+        return
+    why = (
+        f"is not supported by the engine {engine}; {', '.join(able)} can"
+        if able
+        else "is not supported by this server: leave it out"
+    )
+    raise ApiError(400, f"{says or repr(param)} {why}.", param, "unsupported_parameter")
+
+
+def check_together(values: dict[str, Any]) -> None:
+    """What relates two fields of a route that generates."""
+    if "stream_options" in values and not values.get("stream"):
+        raise ApiError(400, "'stream_options' is only allowed with stream: true.", "stream_options")
+    if values.get("top_logprobs") and not values.get("logprobs"):
+        raise ApiError(400, "'top_logprobs' is only allowed with logprobs: true.", "top_logprobs")
+    if values.get("response_format") and values.get("structured_outputs"):
+        raise ApiError(400, "'structured_outputs' and 'response_format' exclude each other.", "structured_outputs")
+    if values.get("response_format") or values.get("structured_outputs"):
+        if values.get("echo"):
+            raise ApiError(400, "'echo' excludes a constraint: the prompt is no part of what is constrained.", "echo")
+        for name in ("min_tokens", "ignore_eos"):
+            if values.get(name):
+                raise ApiError(400, f"'{name}' excludes a constraint: the constraint says when the text is complete.", name)
+    if "best_of" in values and values["best_of"] != values.get("n", 1):
+        raise ApiError(400, "'best_of' is only honoured where it equals 'n'.", "best_of", "unsupported_parameter")
+    if values.get("max_tokens") == 0 and not values.get("echo"):
+        raise ApiError(400, "'max_tokens' may only be 0 with echo: true.", "max_tokens")
+
+
+def require(values: dict[str, Any], name: str, table: dict[str, Field]) -> Any:
+    if name not in values:
+        raise ApiError(400, f"'{name}' is required: {table[name].kind.says}.", name)
+    return values[name]
+
+
+def chat_prompt(values: dict[str, Any]) -> Prompt:
+    messages = require(values, "messages", CHAT)
+    go_on = values.get("continue_final_message", False)
+    if go_on and (messages[-1]["role"] != "assistant" or not messages[-1]["content"]):
+        raise ApiError(
+            400, "'continue_final_message' needs a last message of the assistant's, with content.", "continue_final_message"
+        )
+    if go_on and values.get("add_generation_prompt"):
+        raise ApiError(
+            400, "'continue_final_message' and 'add_generation_prompt' exclude each other.", "continue_final_message"
+        )
+    return Prompt(
+        messages,
+        generation_prompt=values.get("add_generation_prompt", True),
+        continue_final=go_on,
+        template_kwargs=values.get("chat_template_kwargs", {}),
+    )
+
+
+def constraint_of(values: dict[str, Any]) -> Constraint | None:
+    return values.get("response_format") or values.get("structured_outputs")
+
+
+def sampling_from(values: dict[str, Any]) -> Sampling:
+    same = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n", "seed"]
+    same += ["min_tokens", "ignore_eos", "logit_bias", "echo"]
+    stop, top_k, logprobs, constraint = (
+        values.get("stop", []),
+        values.get("top_k"),
+        values.get("logprobs"),
+        constraint_of(values),
+    )
+    if isinstance(logprobs, bool):  # the chat route's spelling
+        logprobs = values.get("top_logprobs", 0) if logprobs else None
+    if values.get("temperature", 1) < 1e-4:  # greedy, as good as; the engines' float32 would overflow
+        values["temperature"] = 0.0
+    if "top_p" in values:
+        values["top_p"] = max(values["top_p"], 1e-6)
+    return Sampling(
+        max_tokens=values.get("max_completion_tokens", values.get("max_tokens")),
+        top_k=None if top_k is None else min(max(top_k, 0), 2**31 - 1),
+        stop=tuple(item for item in stop if isinstance(item, str)),
+        stop_token_ids=tuple(item for item in stop if isinstance(item, int)) + values.get("stop_token_ids", ()),
+        logprobs=logprobs,
+        grammar=constraint.grammar if constraint else None,
+        **{name: values[name] for name in same if name in values},
+    )
+
+
+def capabilities(engine: str) -> dict[str, Any]:
+    """What GET /v1/capabilities says: for each route and field, whether this engine honours it, and which do."""
+
+    def row(field_: Field) -> dict[str, Any]:
+        able = engines_with(field_.needs) if field_.needs else list(LACKS)
+        free = {"always_accepted": list(field_.free)} if field_.free else {}
+        return {
+            "honoured": engine in able or (engine not in LACKS and field_.needs != NEVER),
+            "engines": able,
+            "must_be": field_.kind.says,
+            **free,
+        }
+
+    tables = {f"/v1{path}": {name: row(f) for name, f in sorted(table.items())} for path, table in BODIES.items()}
+    together = {
+        says.replace("`", ""): {"honoured": engine in engines_with(feature), "engines": engines_with(feature)}
+        for says, _, _, feature in COMBINED
+    }
+    return {"engine": engine, "routes": tables, "together": together, "inert": list(INERT), "aliases": ALIASES}
+
+
+BODIES = {
+    "/chat/completions": CHAT,
+    "/completions": COMPLETIONS,
+    "/embeddings": EMBEDDINGS,
+    "/tokenize": TOKENIZE,
+    "/detokenize": DETOKENIZE,
+    "/apply-template": TEMPLATE,
+    "/models/load": OPERATE,
+    "/models/unload": OPERATE,
+}
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON that cannot hurt: bounded in numbers, nesting and members, and no text that is not Unicode (RFC 8259, section 8.1)."""
+    if body.count(b"{") + body.count(b"[") > 100_000 or body.count(b",") > 1_000_000:
+        raise ApiError(400, "The body has too many members.")  # a second of parsing would be a second for everyone
+
+    def whole(digits: str) -> int:
+        if len(digits) > 32:
+            raise ValueError("a number is too long")
+        return int(digits)
+
+    try:
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, parse_int=whole)
+        if b"\\ud" in body.lower():  # an escaped surrogate without its other half is not text, and no engine can encode it
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.") from None
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.") from None
+    return value
