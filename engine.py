@@ -119,7 +119,11 @@ class TokenLogprob(NamedTuple):
 
 
 class Delta(NamedTuple):  # the one that crosses for every token: a tuple is pickled in C, a slotted dataclass in Python
-    """What one step added to one choice. `text` may be empty: half a character, or the beginning of a stop string."""
+    """What one step added to one choice. `text` may be empty: half a character, or the beginning of a stop string.
+
+    A choice's deltas are one ordered stream. A "call" begins a tool call, its text is the function's name; "arguments" are the
+    JSON text of the call that began last, as it is made.
+    """
 
     choice: int
     text: str
@@ -127,6 +131,8 @@ class Delta(NamedTuple):  # the one that crosses for every token: a tuple is pic
     finish: str | None = None  # "stop" | "length", set on a choice's last delta
     logprobs: tuple[TokenLogprob, ...] = ()
     at: float = 0.0  # seconds on the engine's monotonic clock
+    kind: str = "content"  # | "reasoning" | "call" | "arguments": what the text is a part of
+    id: str = ""  # of a call that begins
 
 
 @dataclass(frozen=True, slots=True)
