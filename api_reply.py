@@ -49,7 +49,7 @@ class Completion:
     constraint: Constraint | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: int = 0
-    cached_tokens: int | None = 0
+    cached_tokens: int | None = 0  # None: the engine cannot tell, and the reply has no such member
     tokens: int = 0
     started_at: float = 0.0  # these three: seconds on the engine's clock
     first_at: float = 0.0
@@ -82,15 +82,14 @@ class Completion:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,
             "total_tokens": self.prompt_tokens + self.tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {} if self.cached_tokens is None else {"cached_tokens": self.cached_tokens},
         }
 
     def timings(self) -> dict[str, Any]:
         """llama-server's names. Prefill up to the first token, then decoding; by the engine's clock, the queue left out."""
         prompt_ms, predicted_ms = (self.first_at - self.started_at) * 1000, (self.last_at - self.first_at) * 1000
         prompt_n = self.prompt_tokens - (self.cached_tokens or 0)
-        return {
-            "cache_n": self.cached_tokens,
+        return ({} if self.cached_tokens is None else {"cache_n": self.cached_tokens}) | {
             "prompt_n": prompt_n,
             "prompt_ms": round(prompt_ms, 3),
             "prompt_per_second": round(prompt_n / prompt_ms * 1000, 2) if prompt_ms > 0 else None,

@@ -204,14 +204,13 @@ def read_response_format(value: Any) -> Constraint | None:
     return json_constraint(value["json_schema"]["schema"], "response_format")
 
 
-def read_structured_outputs(value: Any) -> Constraint | None:
+def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Constraint | None:
     check(isinstance(value, dict))
     given = {name: item for name, item in value.items() if item is not None}
     if not given:
         return None
     check(len(given) == 1)
     ((name, source),) = given.items()
-    where = "structured_outputs"
     if name == "json":
         try:
             source = parse_json(source.encode()) if isinstance(source, str) else source
@@ -234,7 +233,8 @@ RESPONSE_FORMAT = Kind(
     '{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": …}}', read_response_format
 )
 STRUCTURED = Kind("an object with one of json, regex, choice, grammar", read_structured_outputs)
-
+CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "grammar",
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar")  # fmt: skip
 
 # ─────────────────────────────────────────────────── messages ────────────────────────────────────────────────────
 
@@ -300,6 +300,13 @@ def never(*free: Any) -> Field:
     )
 
 
+def structured_as(name: str, member: str, says: str, whose: str) -> Field:
+    """Another server's name for one member of structured_outputs; an empty grammar is none."""
+    free = ("",) if member == "grammar" else ()
+    kind = Kind(says, lambda value: None if value in free else read_structured_outputs({member: value}, name))
+    return Field(kind, f"{whose} name for `structured_outputs.{member}`", "constraints", free)
+
+
 # The one place where a field is declared: validation, GET /v1/capabilities and the docs' tables all come from these rows.
 GENERATION = {
     "model": Field(NAME, "an id or alias of GET /v1/models; where only one is served, any name; the reply echoes it"),
@@ -322,11 +329,12 @@ GENERATION = {
     "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema", "constraints", ({"type": "text"},)),
     "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF", "constraints", ({},)),
     "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling (also header `X-Debug: prompt`)", "inside", (False,)),
-    "guided_json": never(),
-    "guided_regex": never(),
-    "guided_choice": never(),
-    "guided_grammar": never(),
-    "grammar": never(""),
+    "json_schema": structured_as("json_schema", "json", "a JSON schema", "llama-server's"),
+    "grammar": structured_as("grammar", "grammar", "GBNF", "llama-server's"),
+    "guided_json": structured_as("guided_json", "json", "a JSON schema", "vLLM's older"),
+    "guided_regex": structured_as("guided_regex", "regex", "a regex", "vLLM's older"),
+    "guided_choice": structured_as("guided_choice", "choice", "an array of strings", "vLLM's older"),
+    "guided_grammar": structured_as("guided_grammar", "grammar", "GBNF", "vLLM's older"),
     "bad_words": never([]),
     "allowed_token_ids": never([]),
     "prompt_logprobs": never(),
@@ -478,9 +486,10 @@ def check_together(values: dict[str, Any]) -> None:
         raise ApiError(400, "'stream_options' is only allowed with stream: true.", "stream_options")
     if values.get("top_logprobs") and not values.get("logprobs"):
         raise ApiError(400, "'top_logprobs' is only allowed with logprobs: true.", "top_logprobs")
-    if values.get("response_format") and values.get("structured_outputs"):
-        raise ApiError(400, "'structured_outputs' and 'response_format' exclude each other.", "structured_outputs")
-    if values.get("response_format") or values.get("structured_outputs"):
+    given = [name for name in CONSTRAINTS if values.get(name)]
+    if len(given) > 1:
+        raise ApiError(400, f"'{given[1]}' and '{given[0]}' exclude each other.", given[1])
+    if given:
         if values.get("echo"):
             raise ApiError(400, "'echo' excludes a constraint: the prompt is no part of what is constrained.", "echo")
         for name in ("min_tokens", "ignore_eos"):
@@ -518,7 +527,7 @@ def chat_prompt(values: dict[str, Any]) -> Prompt:
 
 
 def constraint_of(values: dict[str, Any]) -> Constraint | None:
-    return values.get("response_format") or values.get("structured_outputs")
+    return next((values[name] for name in CONSTRAINTS if values.get(name)), None)
 
 
 def sampling_from(values: dict[str, Any]) -> Sampling:

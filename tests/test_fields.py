@@ -219,6 +219,11 @@ def test_bad_prompts(given):
         ({"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos"),
         ({"structured_outputs": {"choice": ["a"]}, "min_tokens": 1}, "min_tokens"),
         ({"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
+        ({"structured_outputs": {"choice": ["a"]}, "json_schema": {}}, "json_schema"),
+        ({"guided_json": "{bad"}, "guided_json"),
+        ({"json_schema": {"type": "nonsense"}}, "json_schema"),
+        ({"grammar": 3}, "grammar"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
     ],
@@ -227,6 +232,27 @@ def test_refused_completions(fields, param):
     with pytest.raises(ApiError) as caught:
         read(COMPLETIONS, **fields)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "member"),
+    [
+        ("json_schema", SCHEMA, "json"),
+        ("guided_json", SCHEMA, "json"),
+        ("guided_json", json.dumps(SCHEMA), "json"),
+        ("guided_regex", "[ab]{3}", "regex"),
+        ("guided_choice", ["yes", "no"], "choice"),
+        ("guided_grammar", 'root ::= "a"', "grammar"),
+        ("grammar", 'root ::= "a"', "grammar"),
+    ],
+)
+def test_other_servers_names_for_structured_outputs(name, value, member):
+    ours = sampling_from(read(COMPLETIONS, structured_outputs={member: value})[0])
+    assert sampling_from(read(COMPLETIONS, **{name: value})[0]) == ours != Sampling()
+    assert sampling_from(read(COMPLETIONS, grammar="")[0]).grammar is None
 
 
 @pytest.mark.parametrize("body", [[], "x", 3, None])
