@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
@@ -72,7 +73,7 @@ def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memo
 
 
 class OpenVino:
-    """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU.
+    """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU or Intel's GPUs.
 
     It knows prefix reuse, but not how much of a prompt was reused: cached tokens are None.
     """
@@ -81,7 +82,7 @@ class OpenVino:
     INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
     LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores", "embeddings"})
     SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
-    BLOCK = 32  # tokens per KV block on CPU
+    BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
     PRECISIONS: ClassVar = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
@@ -92,6 +93,7 @@ class OpenVino:
         self.library = installed(self.INSTALL)
         tensor: Any = openvino.Tensor
         self.tensor: Callable[[list[int]], Any] = lambda ids: tensor(numpy.array([ids], dtype=numpy.int64))
+        self.device = openvino_device(spec.device, openvino.Core().available_devices)
         self.slots, self.threads = spec.slots, spec.threads or physical_cores()
         if os.path.isfile(spec.path):
             meta = read_gguf(spec.path)
@@ -110,10 +112,10 @@ class OpenVino:
         scheduler = self.genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = 256  # a step of prefill stays short, so the others keep decoding
         scheduler.max_num_seqs = spec.slots
-        scheduler.num_kv_blocks = -(-self.cache_tokens // self.BLOCK)
+        scheduler.num_kv_blocks = -(-self.cache_tokens // (self.BLOCK if self.device == "CPU" else self.BLOCK_GPU))
         scheduler.enable_prefix_caching = True
         progress(0.0)
-        self.pipe = self.genai.ContinuousBatchingPipeline(spec.path, scheduler, "CPU", self.properties(spec), {})
+        self.pipe = self.genai.ContinuousBatchingPipeline(spec.path, scheduler, self.device, self.properties(spec), {})
         self.context = min(context, self.cache_tokens)
         self.tokenizer = self.pipe.get_tokenizer()
         self.template = ChatTemplate(
@@ -137,7 +139,7 @@ class OpenVino:
         self.numbers = itertools.count()
 
     def properties(self, spec: EngineSpec) -> dict[str, Any]:
-        found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads}
+        found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads} if self.device == "CPU" else {}
         if spec.dtype != "auto":
             found["INFERENCE_PRECISION_HINT"] = self.PRECISIONS[spec.dtype]
         if spec.dtype == "float32":  # only all three together make a token independent of what else is in the batch
@@ -234,6 +236,21 @@ class OpenVino:
         del self.pipe
 
 
+def openvino_device(asked: str, there: list[str]) -> str:
+    """OpenVINO's name for a device, or for several (AUTO:GPU,CPU). Raises ValueError for one that is not there."""
+    asked = "CPU" if asked == "auto" else asked
+    kind, _, rest = asked.partition(":")
+    kinds = {device.partition(".")[0] for device in there}
+    missing = [name for name in (rest.split(",") if rest else [] if kind == "AUTO" else [kind]) if name not in {*there, *kinds}]
+    if missing or (rest and kind not in ("AUTO", "HETERO", "MULTI")):
+        raise ValueError(
+            f"--device {asked}: OpenVINO finds no {' and no '.join(missing or [kind])} here; there are: {', '.join(there)}"
+        )
+    if "NPU" in (kind, *rest.split(",")):
+        raise ValueError(f"--device {asked}: OpenVINO has no continuous batching on an NPU; there are: {', '.join(there)}")
+    return asked
+
+
 # ───────────────────────────────────────────────────── llama.cpp ─────────────────────────────────────────────────
 
 
@@ -282,7 +299,8 @@ class LlamaCpp:
         lib.llama_log_set(self.keep[-1], ctypes.c_void_p(0))
         lib.llama_backend_init()
         self.slots, self.threads = spec.slots, spec.threads or physical_cores()
-        params = lib.llama_model_default_params()
+        self.flags, self.placed = dict(spec.flags), Counter[str]()
+        params = self.place(lib.llama_model_default_params())
 
         def on_progress(fraction: float, _: Any) -> bool:
             progress(fraction)
@@ -323,6 +341,27 @@ class LlamaCpp:
             self.token_text(lib.llama_vocab_eos(self.vocab)),
         )
 
+    def place(self, params: Any) -> Any:
+        """On which devices the weights lie, and how they come there."""
+        flags, lib = self.flags, self.lib
+        params.n_gpu_layers = flags.get("gpu_layers", params.n_gpu_layers)
+        params.main_gpu = flags.get("main_gpu", params.main_gpu)
+        if shares := flags.get("tensor_split"):
+            most = lib.llama_max_devices()
+            self.keep.append((ctypes.c_float * most)(*shares[:most]))
+            params.tensor_split = self.keep[-1]
+        modes = {
+            (True, False): lib.LLAMA_LOAD_MODE_NONE,
+            (False, True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
+            (True, True): lib.LLAMA_LOAD_MODE_MLOCK,
+        }
+        params.load_mode = modes.get(("no_mmap" in flags, "mlock" in flags), params.load_mode)
+        return params
+
+    @property
+    def placement(self) -> str:
+        return ", ".join(f"{count} layers on {device}" for device, count in self.placed.items())
+
     def make_context(self, per_slot: int) -> Any:
         params = self.lib.llama_context_default_params()
         params.n_ctx = max(per_slot, 256) * self.slots
@@ -330,6 +369,9 @@ class LlamaCpp:
         params.n_seq_max = self.slots
         params.n_threads = params.n_threads_batch = self.threads
         params.kv_unified = False
+        types = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}
+        params.type_k = types[self.flags.get("cache_type_k", "f16")]
+        params.type_v = types[self.flags.get("cache_type_v", "f16")]
         params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.no_perf = True
         ctx = self.lib.llama_init_from_model(self.model, params)
@@ -339,6 +381,8 @@ class LlamaCpp:
 
     def on_log(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
+        if layer := LAYER_ON.search(line):
+            self.placed[layer[1]] += 1
         if level == 4 and line:  # GGML_LOG_LEVEL_ERROR; the first says why, the rest that it failed
             self.last_error = self.last_error or line
         log.debug("llama.cpp: %s", line)
@@ -605,6 +649,9 @@ class LlamaCpp:
     def close(self) -> None:
         self.lib.llama_free(self.ctx)
         self.lib.llama_model_free(self.model)
+
+
+LAYER_ON = re.compile(r"layer +\d+ assigned to device (\w+)")  # llama.cpp tells it in its log alone
 
 
 def shared(a: list[int], b: list[int], limit: int) -> int:

@@ -78,6 +78,12 @@ class Model:
     kind: str  # a key of LOADERS
     created: int  # the file's mtime, seconds since the epoch: stable, unlike the moment of asking
     architecture: str = ""
+    served_by: str = ""  # the id of the model whose engine it shares: an upstream may serve several
+
+    @property
+    def life(self) -> str:
+        """Whose engine it is, of all that share one."""
+        return self.served_by or self.id
 
     def aliases(self) -> set[str]:
         """Lower-cased names that it answers to besides its id."""
@@ -165,8 +171,15 @@ class Catalog:
 
     RESCAN_S, TRUST_S = 2.0, 2.0  # a folder's mtime tells of a new file only where it is older than the clock's grain
 
-    def __init__(self, root: Path | None = None, fixed: Collection[Model] = (), osaurus: bool = False):
-        self.root, self.fixed, self.osaurus = root, fixed, osaurus
+    def __init__(
+        self,
+        root: Path | None = None,
+        fixed: Collection[Model] = (),
+        osaurus: bool = False,
+        aliases: Collection[tuple[str, str]] = (),
+    ):
+        """`aliases`: (a model's name, or "" for the only one; another name for it). The first given is the one that clients see."""
+        self.root, self.fixed, self.osaurus, self.given = root, fixed, osaurus, aliases
         self.lock = threading.Lock()
         self.scanned = 0.0
         self.folders: dict[str, tuple[int, list[str], list[str]]] = {}  # path → mtime (ns), its files, its folders
@@ -202,10 +215,14 @@ class Catalog:
         """The id that clients see."""
         return self.shown.get(model.id) or (OSAURUS_NAMES.get(model.id, model.id) if self.osaurus else model.id)
 
-    def show(self, model: Model, name: str) -> None:
-        """The model turned out to have another name."""
-        self.shown[model.id] = name
-        self.names.setdefault(bare(name), []).append(model.id)
+    def show(self, model: Model, names: Collection[str]) -> None:
+        """An upstream has told what it serves: one model, which `model` stood for, or several that share its engine."""
+        if len(names) > 1 or len(self.fixed) > 1:
+            self.fixed = [replace(model, id=name, served_by=model.id) for name in names]
+            return self.scan()
+        for name in names:
+            self.shown.setdefault(model.id, name)
+            self.names.setdefault(bare(name), []).append(model.id)
 
     def scan(self) -> None:
         found = {model.id: model for model in self.fixed}
@@ -226,6 +243,16 @@ class Catalog:
             for name in model.aliases():
                 names.setdefault(name, []).append(model.id)
         self.found, self.names = found, names
+        for asked, name in self.given:
+            id = self.alone(asked) if asked else next(iter(found), "") if len(found) == 1 else ""
+            if id:
+                self.shown.setdefault(id, name)
+                names[bare(name)] = [id]
+
+    def alone(self, name: str) -> str:
+        """The id of the one model that a name fits."""
+        fits = [name] if name in self.found else self.names.get(bare(name), [])
+        return fits[0] if len(fits) == 1 else ""
 
     def in_folder(self, path: str, id: str) -> Iterator[Model]:
         """The models of one folder and, down to <org>/<repo>, of those in it."""
@@ -304,6 +331,8 @@ class Catalog:
 def choose_backend(model: Model, asked: str) -> str:
     """The backend to load `model` with. Raises UsageError: none can, or its library is missing."""
     able = LOADERS[model.kind]
+    if model.path.name == DEMO_FILE:  # of this 4-bit file llama.cpp makes nonsense here and there, OpenVINO does not
+        able = ("openvino", "llamacpp")
     if model.kind == "gguf" and model.architecture not in OPENVINO_GGUF:
         able = ("llamacpp",)
     if model.kind == "hf" and asked == "auto" and not fits_exllamav3(str(model.path), model.architecture):

@@ -182,8 +182,9 @@ class EngineSpec:
     embeddings: bool = False  # also load what is needed for embeddings
     length: int | None = None  # most tokens that a request may use; None: what the model and the cache allow
     key: str = field(default="", repr=False)  # of an upstream
-    device: str = "auto"  # where torch computes
+    device: str = "auto"  # where it computes, as its library names devices
     dtype: str = "auto"  # and with what
+    flags: tuple[tuple[str, Any], ...] = ()  # of its library alone, by name: those that were given
     draft: str = ""  # a small model of the same vocabulary, for speculative decoding
     ngram: int = 0  # speculative decoding by what so many last tokens were followed by before; 0: off
     draft_tokens: int = 0  # how many are guessed at once; 0: the engine's default
@@ -202,7 +203,8 @@ class EngineInfo:
     cache_tokens: int
     fingerprint: str  # changes with weights, library and batch settings
     tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
-    model: str = ""  # an upstream's name for what it serves
+    placement: str = ""  # which devices hold how much of it, where the library tells
+    models: tuple[str, ...] = ()  # an upstream's names for what it serves
 
 
 # ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
@@ -397,6 +399,15 @@ class Request:
     siblings: list[Choice] = field(default_factory=list)  # held back until the first choice's prefill can be reused
 
 
+def readable(conn: Connection) -> Callable[[], bool]:
+    """Asks whether something has come. conn.poll() makes a selector for every call, but it is there on every system."""
+    if not hasattr(select, "poll"):
+        return lambda: conn.poll(0)
+    poller = select.poll()
+    poller.register(conn.fileno(), select.POLLIN)
+    return lambda: bool(poller.poll(0))
+
+
 class EngineLoop:
     """receive, admit, step: the life of an engine. Owns all sequence state; only its thread calls the backend."""
 
@@ -409,8 +420,7 @@ class EngineLoop:
         self.calls: deque[tuple[int, Iterator[Any]]] = deque()  # one piece of one call between two steps
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
-        self.inbox = select.poll()  # conn.poll() makes one of these for every call
-        self.inbox.register(conn.fileno(), select.POLLIN)
+        self.inbox_has = readable(conn)
         self.dispatch: dict[str, Callable[..., None]] = {"submit": self.submit, "call": self.call, "cancel": self.cancel}
 
     def run(self) -> None:
@@ -435,7 +445,7 @@ class EngineLoop:
     def receive(self) -> bool:
         """Take what has come; block only when there is nothing else to do."""
         idle = not self.active and not self.waiting and not self.calls
-        while idle or self.inbox.poll(0):
+        while idle or self.inbox_has():
             kind, *arguments = self.conn.recv()
             if kind == "close":
                 return False
@@ -704,6 +714,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         context=backend.context,
         cache_tokens=backend.cache_tokens,
         fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
+        placement=getattr(backend, "placement", ""),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
     )
     tell("ready", info)
@@ -720,7 +731,7 @@ def fingerprint(spec: EngineSpec, *settings: object) -> str:
     """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings."""
     files = sorted(weight_files(spec.path))
     weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
-    own = (spec.device, spec.dtype, spec.draft, spec.ngram, spec.draft_tokens, spec.options)
+    own = (spec.device, spec.dtype, spec.flags, spec.draft, spec.ngram, spec.draft_tokens, spec.options)
     text = repr((spec.backend, weights, spec.chat_template, own, settings))
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -855,8 +866,8 @@ class Engine(Jobs):
             self.process.kill()
             raise
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
-        """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients."""
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "", model: str = "") -> Job:
+        """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients. `model` is for upstreams."""
         return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
 
     def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:

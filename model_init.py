@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from backends import BACKENDS, LACKS, WITH_EMBEDDINGS
 from catalog import LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
-from engine import UPSTREAMS, Engine, EngineFailed, EngineSpec, Job, QueueFull, log
+from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, log
 from upstream import Upstream
 
 # ──────────────────────────────────────────────────── profiles ───────────────────────────────────────────────────
@@ -81,6 +81,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add_model_args(parser.add_argument_group("model"))
     add_default_args(parser.add_argument_group("what a request gets that does not say (default: the profile's)"))
     add_engine_args(parser.add_argument_group("engine"))
+    add_llamacpp_args(parser.add_argument_group("llama.cpp, built for a GPU or not"))
     add_limit_args(parser.add_argument_group("limits"))
     add_exllamav3_args(parser)
 
@@ -118,6 +119,8 @@ def add_model_args(group: argparse._ArgumentGroup) -> None:
     add("--no-model", choices=["default", "refuse"], help="a request without a model")
     add("--unknown-model", choices=["auto", "serve", "404", "400"],
         help="a request for a model that is not there; serve: the default one answers; auto: so where there is only one, else 404")  # fmt: skip
+    add("--alias", "--served-model-name", type=alias, action="append", default=[], metavar="[ID=]NAME",
+        help="the name that clients see and may ask for; with several models ID=NAME; repeatable")  # fmt: skip
     add("--chat-template", metavar="FILE", help="Jinja chat template to use instead of the model's own")
 
 
@@ -154,14 +157,47 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
     add("-ngram", "--ngram-match-min", type=whole(0, 64), default=0, metavar="N",
         help="speculative decoding: guess what followed the last N tokens before; 0: off (openvino, llamacpp, exllamav3)")  # fmt: skip
     add("-ndt", "--num-draft-tokens", type=whole(1, 64), metavar="N", help="tokens guessed at once (default 4)")
-    add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="transformers: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one",
-    )
+    add("--device", default="auto", metavar="NAME",
+        help="transformers: cpu, cuda, cuda:1, mps, …, default: a GPU if there is one; "
+        "openvino: CPU, GPU, GPU.1, AUTO:GPU,CPU, HETERO:GPU,CPU, …, default: CPU")  # fmt: skip
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="what to compute with (transformers, openvino); with float32 greedy text does not depend on what else runs")  # fmt: skip
+
+
+CACHE_TYPES = ("f16", "q8_0", "q4_0")
+LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "no_mmap", "mlock", "cache_type_k", "cache_type_v")
+
+
+def add_llamacpp_args(group: argparse._ArgumentGroup) -> None:
+    """For llama.cpp alone, under the names that llama-server gives them."""
+    add = group.add_argument
+    add("-ngl", "--gpu-layers", action=GpuLayers, nargs="?", metavar="N", help="layers on GPUs; default: all that fit")
+    add("--main-gpu", type=whole(0, 63), metavar="I", help="the GPU for what is not split")
+    add("--tensor-split", type=shares, metavar="N,N", help="how much of the model each GPU gets, as proportions")
+    add("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
+    add("--mlock", action="store_true", help="keep the weights from being swapped out")
+    add("--cache-type-k", choices=CACHE_TYPES, help="of the KV cache's keys (default f16)")
+    add("--cache-type-v", choices=CACHE_TYPES, help="of the KV cache's values (default f16)")
+
+
+class GpuLayers(argparse.Action):
+    """-ngl N is llama-server's; -ngl alone is exllamav3's --ngram_lock."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is None and option_string == "-ngl":
+            namespace.exllamav3 = [*namespace.exllamav3, "-ngl"]
+            return
+        try:
+            namespace.gpu_layers = whole(0, 10_000)(values or "")
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def shares(text: str) -> tuple[float, ...]:
+    parts = tuple(between(0, 1e6)(part) for part in text.split(","))
+    if not sum(parts) or len(parts) > 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not some numbers like 3,1")
+    return parts
 
 
 def add_limit_args(group: argparse._ArgumentGroup) -> None:
@@ -181,7 +217,7 @@ EXLLAMAV3_VALUES = """-gs --gpu-split, -or --override, -mcl --moe-cpu-offload, -
     -chunk_size --chunk-size, -layer_map --layer-map, -cq --cache-quant, -cca --cache-compand-a, -ccs --cpu-cache-size,
     -dcd --disk-cache-dir, -dcs --disk-cache-size, -rcs --recurrent-cache-size, -hdt --hybrid-draft-tokens,
     -ngram_corpus --ngram-corpus, -sdh --sparse-draft-head, -dc --draft-confidence, -dmcl --draft-moe-cpu-layers"""
-EXLLAMAV3_SWITCHES = """-lm --load-metrics, -tp --tensor-parallel, -mcpa --moe-cpu-pinned-arena, -ngl --ngram-lock, -ngr --ngram-ram,
+EXLLAMAV3_SWITCHES = """-lm --load-metrics, -tp --tensor-parallel, -mcpa --moe-cpu-pinned-arena,  --ngram-lock, -ngr --ngram-ram,
     -embd --embed-disk, -tp_moe_ts --tp-moe-tensor-split, -swa_full --swa-full, -lv --load-verbose, -asnf --autosplit-no-forward,
     -nw --no-warmup, -rs32 --recurrent-state-fp32, -mtp --mtp, -dds --dynamic-draft"""
 
@@ -230,6 +266,14 @@ def between(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def alias(text: str) -> tuple[str, str]:
+    """(the model's name, or "" for the only one; its other name)"""
+    asked, _, name = text.rpartition("=")
+    if not 0 < len(name) <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of 1 to 256 characters, nor ID=NAME")
+    return asked, name
 
 
 def roles(text: str) -> tuple[str, ...]:
@@ -288,6 +332,7 @@ def init(args: argparse.Namespace) -> Models:
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
             draft_tokens=args.num_draft_tokens or 0, options=tuple(args.exllamav3),
+            flags=tuple((flag, value) for flag in LLAMACPP_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 
     models = Models(
@@ -321,7 +366,8 @@ def engine_flags() -> dict[str, list[str]]:
     draft, ngram = ([name for name, backend in BACKENDS.items() if how in backend.SPECULATES] for how in ("draft", "ngram"))
     return {
         "embeddings": WITH_EMBEDDINGS,
-        "device": ["transformers"],
+        "device": ["openvino", "transformers"],
+        **{flag: ["llamacpp"] for flag in LLAMACPP_FLAGS},
         "dtype": ["openvino", "transformers"],
         "draft_model_dir": draft,
         "ngram_match_min": ngram,
@@ -358,7 +404,7 @@ def preloaded(args: argparse.Namespace) -> list[str]:
 def find_models(args: argparse.Namespace) -> Catalog:
     """What --model-dir and --models-dir name. Raises UsageError."""
     if args.upstream or args.backend in UPSTREAMS:
-        return Catalog(fixed=[upstream_model(args)])
+        return Catalog(fixed=[upstream_model(args)], aliases=args.alias)
     fixed = []
     folder = args.models_dir or ("models" if args.model_dir is None and Path("models").is_dir() else None)
     try:
@@ -370,7 +416,15 @@ def find_models(args: argparse.Namespace) -> Catalog:
             fixed = [demo_model()]
     except (OSError, RuntimeError) as error:  # unreadable, too long a name, no home folder, a full disk, …
         raise UsageError(f"{args.model_dir or folder or 'demo model'}: {error}") from None
-    return Catalog(Path(folder) if folder else None, fixed, osaurus=args.profile == "osaurus")
+    catalog = Catalog(Path(folder) if folder else None, fixed, args.profile == "osaurus", args.alias)
+    for asked, name in args.alias:
+        if not asked and len(catalog.models()) != 1:
+            raise UsageError(f"--alias {name}: there are {len(catalog.models())} models, say which: --alias ID={name}")
+        if asked and not catalog.alone(asked):
+            raise UsageError(
+                f"--alias {asked}={name}: there is no model {asked!r}; there are: {', '.join(catalog.models()) or 'none'}"
+            )
+    return catalog
 
 
 def upstream_model(args: argparse.Namespace) -> Model:
@@ -606,7 +660,7 @@ class Models:
         return self.limits.patience if len(self.catalog.models()) == 1 else 0.0
 
     def life(self, model: Model) -> Life:
-        life = self.lives.setdefault(model.id, Life(model))
+        life = self.lives.setdefault(model.life, Life(model))
         if life.state in ("unloaded", "failed"):
             life.model = model  # the file may be a new one
         return life
@@ -681,17 +735,17 @@ class Models:
     @property
     def ready(self) -> bool:
         """Can a request be taken? A model that is unloaded on purpose can: asking for it brings it back."""
-        states = {life.model.id: life.state for life in list(self.lives.values())}
+        states = {life.model.life: life.state for life in list(self.lives.values())}
         if self.switch or not {"loading", "draining"}.isdisjoint(states.values()):
             return "loaded" in states.values()
-        return any(states.get(id) != "failed" for id in self.catalog.models())
+        return any(states.get(model.life) != "failed" for model in self.catalog.models().values())
 
     def status(self) -> str:
         return "switching" if self.switch else "degraded" if self.last_error else "ok" if self.ready else "starting"
 
     def status_of(self, model: Model) -> str:
         """One of loaded, loading, unloaded, failed."""
-        life, switch = self.lives.get(model.id), self.switch
+        life, switch = self.lives.get(model.life), self.switch
         if life is None:
             return "unloaded"
         return "loading" if switch and switch.target is life else "loaded" if life.state == "draining" else life.state
@@ -763,6 +817,8 @@ class Models:
             self.on_progress(engine.progress)
         else:
             with self.changed:
+                if life.engine is engine and life.state == "loaded":  # an upstream serves other models than before
+                    self.tell_names(life, engine.info)
                 if life.engine is not engine or life.state != "loading":
                     return
                 life.move("loaded")
@@ -771,11 +827,14 @@ class Models:
                 life.comes_back = False
                 if self.switch and self.switch.target is life:
                     self.switch = None
-                if engine.info.model:
-                    self.catalog.show(life.model, engine.info.model)
+                self.tell_names(life, engine.info)
                 self.changed.notify_all()
             log.info("%s is ready", life.model.id)
             self.on_ready(engine)
+
+    def tell_names(self, life: Life, info: EngineInfo) -> None:
+        if info.models:
+            self.catalog.show(life.model, info.models)
 
     def engine_died(self, life: Life, engine: AnyEngine) -> None:
         reason = engine.dead or ""
@@ -810,7 +869,7 @@ class Models:
     def keep(self) -> None:
         while not self.closing:
             try:
-                present = self.catalog.models()
+                present = {model.life for model in self.catalog.models().values()}
                 with self.changed:
                     empty = self.next_move(time.monotonic(), present)
                     if empty is None:
@@ -834,7 +893,7 @@ class Models:
                 if life.state == "loading" or self.room():
                     self.start(life)
             idle = 0 < self.limits.idle_unload < now - life.used
-            life.unlisted_since = 0.0 if life.model.id in present else life.unlisted_since or now
+            life.unlisted_since = 0.0 if life.model.life in present else life.unlisted_since or now
             gone = life.unlisted_since and now - life.unlisted_since > 2 * self.catalog.RESCAN_S  # not by one bad look
             if life.state == "loaded" and (idle or gone) and not life.wanted(now) and not self.switch:
                 log.info("unloading %s: %s", life.model.id, "nobody has asked for it" if idle else "its files are gone")

@@ -311,7 +311,9 @@ class Handler(Connection):
         if sampling.max_tokens is None:
             sampling = replace(sampling, max_tokens=max_tokens, cut=True)
         client = self.client()
-        job = self.submit(lambda engine: engine.submit(prompts, sampling, client))
+        job = self.submit(
+            lambda engine: engine.submit(prompts, sampling, client, self.model.id if self.model.served_by else "")
+        )
         assert job.engine.info is not None
         completion = Completion(
             shape.prefix + uuid.uuid4().hex,
@@ -381,7 +383,7 @@ class Handler(Connection):
                 status = "loaded"
             except (StillLoading, Conflict):
                 status = "loading"
-            life = models.lives.get(self.model.id)
+            life = models.lives.get(self.model.life)
             progress = 1.0 if status == "loaded" else round(life.progress, 3) if life else 0.0
             event = sse(self.load_event(status) | {"progress": progress})
             if not self.streaming:
@@ -648,12 +650,13 @@ def make_parser() -> Parser:
 def banner(server: Server, engine: AnyEngine) -> str:
     info = engine.info
     assert info is not None
-    name = info.model or next((life.model.id for life in server.models.lives.values() if life.engine is engine), "")
+    name = ", ".join(info.models) or next((life.model.id for life in server.models.lives.values() if life.engine is engine), "")
     inside = f", {info.threads} threads" if info.threads else ""
     cache = f", context {info.context} tokens, KV cache {info.cache_tokens} tokens" if info.cache_tokens else ""
+    placed = f", {info.placement}" if info.placement else ""
     return f"""
   {name}
-  {info.library}{inside}, {info.slots} slots{cache}
+  {info.library}{inside}, {info.slots} slots{cache}{placed}
 {listening(server)}"""
 
 

@@ -119,13 +119,15 @@ class Upstream(Jobs):
         self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)  # under the lock
         self.gone = threading.Event()
         self.why = ""  # it is not there yet
+        self.listed = b""  # what it last said of its models
         threading.Thread(target=self.watch, name="upstream-watch", daemon=True).start()
 
     # ── the face of an engine ──
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "") -> Job:
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "", model: str = "") -> Job:
+        """`model`: which of the upstream's, where it serves several."""
         assert self.info is not None
-        path, body = request_body(prompts, sampling, self.info.model)
+        path, body = request_body(prompts, sampling, model or self.info.models[0])
         if "extensions" in UPSTREAMS[self.spec.backend]:
             body.pop("top_k", None)  # only its neutral values have come so far, and they too are beyond OpenAI's
         else:
@@ -183,8 +185,9 @@ class Upstream(Jobs):
                 if reply.status != 200:
                     raise OSError(f"{self.base}/models answers {reply.status}")
                 failures = 0
-                if self.info is None:
+                if self.info is None or data != self.listed:
                     self.be_ready(json.loads(data))
+                self.listed = data
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 failures += 1
                 if self.info is None:
@@ -195,11 +198,12 @@ class Upstream(Jobs):
             self.gone.wait(POLL_S if self.info else POLL_S / 4)
 
     def be_ready(self, listing: Any) -> None:
+        names = tuple(str(card["id"]) for card in listing["data"])
         card = listing["data"][0]
         library = f"{self.spec.backend} at {self.spec.path}"
-        mark = hashlib.sha256(f"{library} {card['id']}".encode()).hexdigest()[:12]
+        mark = hashlib.sha256(f"{library} {names[0]}".encode()).hexdigest()[:12]
         self.info = EngineInfo(
-            self.spec.backend, library, self.spec.slots, 0, int(card.get("max_model_len") or 0), 0, f"fp_{mark}", model=str(card["id"])
+            self.spec.backend, library, self.spec.slots, 0, int(card.get("max_model_len") or 0), 0, f"fp_{mark}", models=names
         )  # fmt: skip
         self.progress = 1.0
         self.tell()

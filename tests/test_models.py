@@ -832,3 +832,27 @@ def test_llm_serves_error_codes(tmp_path):
         until(lambda: statuses(served)["b"] == "failed")
         assert ask(served, "b")[0] == 503
         assert healthz(served)["status"] == "degraded"
+
+
+def test_aliases(tmp_path):
+    for name in ("a", "b"):
+        write_gguf(tmp_path / name / "model.Q4_0.gguf")
+    catalog = Catalog(tmp_path, aliases=[("a", "small"), ("a", "tiny"), ("b", "Large")])
+    shown = {model.id: catalog.public(model) for model in catalog.models().values()}
+    assert shown == {"a": "small", "b": "Large"}
+    assert [catalog.find(name).id for name in ("small", "tiny", "a", "large", "b")] == ["a", "a", "a", "b", "b"]
+    assert catalog.find("other") is None
+    alone = Catalog(fixed=[Model("x", tmp_path, "gguf", 1)], aliases=[("", "shown"), ("", "more")])
+    assert (alone.public(alone.find("more")), alone.find("shown").id) == ("shown", "x")
+
+
+def test_the_alias_stands_in_listing_and_replies(tmp_path):
+    model = Model("scripted", tmp_path, "gguf", 1)
+    limits = model_init.Limits(max_jobs=4, patience=60, default=model.id)
+    lives = model_init.Models(
+        Catalog(fixed=[model], aliases=[("", "ours")]), lambda _: EngineSpec("scripted:Scripted", str(tmp_path), 2), limits
+    )
+    with serve(lives) as served:
+        assert [card["id"] for card in served.request("GET", "/v1/models")[1]["data"]] == ["ours"]
+        assert served.chat("echo x")[1]["model"] == "ours"
+        assert served.chat("echo x", model="scripted")[1]["model"] == "scripted"

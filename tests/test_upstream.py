@@ -44,7 +44,7 @@ class Far:
     """An upstream by hand: `script(connection, body)` answers a POST, and says whether the connection goes on."""
 
     def __init__(self):
-        self.script = self.answer(ANSWER)
+        self.script, self.listing = self.answer(ANSWER), LIST
         self.bodies, self.heads, self.connections = [], [], 0
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -72,7 +72,7 @@ class Far:
             while request := lines.readline():
                 head = dict(line.decode().strip().split(": ", 1) for line in iter(lines.readline, b"\r\n"))
                 if request.startswith(b"GET /v1/models"):
-                    connection.sendall(reply(200, LIST))
+                    connection.sendall(reply(200, self.listing))
                     continue
                 self.connections += not posted
                 posted = True
@@ -416,3 +416,20 @@ def test_llama_cpp_pythons_own_server(demo):
     finally:
         other.terminate()
         other.wait()
+
+
+def test_an_upstream_with_several_models(far):
+    """A router, or vLLM with adapters: all are listed, and each request goes to the one that it names."""
+    far.listing = json.dumps({"data": [{"id": "base", "max_model_len": 100}, {"id": "org/adapter"}]}).encode()
+    with serve_upstream(far.url, slots=2) as served:
+        ids = [card["id"] for card in served.request("GET", "/v1/models")[1]["data"]]
+        assert ids == ["base", "org/adapter"]
+        for asked, told in (("org/adapter", "org/adapter"), ("base", "base"), (None, "base"), ("ADAPTER", "org/adapter")):
+            status, reply, _ = served.chat("Hi", **({"model": asked} if asked else {}))
+            assert (status, reply["model"], far.bodies[-1]["model"]) == (200, asked or "base", told)
+        status, error, _ = served.chat("Hi", model="other")
+        assert (status, error["error"]["code"]) == (404, "model_not_found")
+        assert served.request("GET", "/v1/models/org/adapter")[1]["status"] == "loaded"
+        far.listing = json.dumps({"data": [{"id": "base"}, {"id": "new"}, {"id": "third"}]}).encode()
+        until(lambda: [card["id"] for card in served.request("GET", "/v1/models")[1]["data"]] == ["base", "new", "third"])
+        assert served.chat("Hi", model="new")[0] == 200 and far.bodies[-1]["model"] == "new"
