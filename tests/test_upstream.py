@@ -43,8 +43,10 @@ ANSWER = OK + b"Transfer-Encoding: chunked\r\n\r\n" + piece("Hi ") + piece("ther
 class Far:
     """An upstream by hand: `script(connection, body)` answers a POST, and says whether the connection goes on."""
 
+    listing = b""  # what GET /v1/models says; empty: LIST
+
     def __init__(self):
-        self.script, self.listing = self.answer(ANSWER), LIST
+        self.script = self.answer(ANSWER)
         self.bodies, self.heads, self.connections = [], [], 0
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -72,7 +74,7 @@ class Far:
             while request := lines.readline():
                 head = dict(line.decode().strip().split(": ", 1) for line in iter(lines.readline, b"\r\n"))
                 if request.startswith(b"GET /v1/models"):
-                    connection.sendall(reply(200, self.listing))
+                    connection.sendall(reply(200, self.listing or LIST))
                     continue
                 self.connections += not posted
                 posted = True
