@@ -74,7 +74,7 @@ from engine import LOG_FORMAT, Answer, Delta, Details, Job, Prompt, Refused, Sta
 from http11 import Connection, HttpServer, PeerGone
 from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 # ─────────────────────────────────────────────── the way of one request ──────────────────────────────────────────
 

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model_init  # noqa: E402
 import openai_api_endpoint as endpoint  # noqa: E402
-from backends import WITH_EMBEDDINGS, missing_library  # noqa: E402
+from backends import BACKENDS, WITH_EMBEDDINGS, missing_library  # noqa: E402
 from engine import EngineSpec  # noqa: E402
 
 
@@ -174,3 +174,13 @@ def served(request, demo):
     spec = EngineSpec(request.param, str(path), 8, 0, 16384, embeddings=request.param in WITH_EMBEDDINGS)
     with serve_one(demo, spec) as served:
         yield served
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which engines were tested, and for the others the one line that brings them."""
+    lacks = {name: missing_library(name) for name in BACKENDS}
+    tested = [name for name, lack in lacks.items() if lack is None]
+    terminalreporter.write_line(f"engines tested: {', '.join(tested) or 'none'}")
+    for name, lack in lacks.items():
+        if lack:
+            terminalreporter.write_line(f"  not tested, {lack}")

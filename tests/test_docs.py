@@ -1,6 +1,7 @@
-"""README's tables are the code's. `python tests/test_readme.py` writes them anew."""
+"""The docs say what the code does: tables, flags, links, and the three examples of design.md. `python tests/test_docs.py` writes the tables anew."""
 
 import re
+import subprocess
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
@@ -14,6 +15,8 @@ from model_init import PROFILES  # noqa: E402
 from openai_api_endpoint import make_parser  # noqa: E402
 
 README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+WITH_TABLES = [ROOT / "docs" / name for name in ("fields.md", "coming-from.md")]
 TITLES = {
     "/chat/completions": "POST /v1/chat/completions",
     "/completions": "POST /v1/completions: what differs from chat",
@@ -93,18 +96,79 @@ def with_tables(text):
     return text
 
 
-def test_readme_has_the_tables_of_the_code():
-    text = README.read_text()
-    assert "<!-- fields -->" in text
-    assert text == with_tables(text), "run: python tests/test_readme.py"
+def test_the_tables_are_the_codes():
+    for page in WITH_TABLES:
+        text = page.read_text()
+        assert "<!-- /" in text
+        assert text == with_tables(text), "run: python tests/test_docs.py"
 
 
-def test_readme_names_every_flag():
-    parser, text = make_parser(), README.read_text()
+def test_every_flag_is_named():
+    parser, text = make_parser(), "".join(page.read_text() for page in [README, *DOCS])
     for action in parser._actions:
         if action.help != SUPPRESS and action.dest != "help":
-            assert f"`{max(action.option_strings, key=len)}" in text, action
+            assert f"`{max(action.option_strings, key=len)}" in text or f"`{action.option_strings[0]}" in text, action
+
+
+def anchors(text):
+    """As GitHub makes them of headings."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_link_leads_somewhere():
+    seen = 0
+    for page in [README, *DOCS, ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if re.match(r"https?:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            found = page.parent / file if file else page
+            assert found.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(found.read_text()), f"{page.name}: {target}"
+            seen += 1
+    assert seen > 15
+
+
+def test_readme_is_a_page_and_names_every_other():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 160
+    for page in DOCS:
+        assert f"docs/{page.name}" in README.read_text(), page.name
+
+
+def examples():
+    """The three of design.md: a field, a route, an engine."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "design.md").read_text(), flags=re.S | re.M)
+
+
+RUN = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}, {folder!r}]
+from conftest import serve_one
+from engine import EngineSpec
+from model_init import Model
+{field}
+{route}
+if __name__ == "__main__":
+    model = Model("parrot", Path("parrot"), "gguf", 1)
+    with serve_one(model, EngineSpec("parrot:Parrot", {folder!r}, 2)) as served:
+        print(served.request("GET", "/v1/version")[1], served.request("POST", "/version")[0])
+        print(served.chat("Hello, world")[1]["choices"][0]["message"]["content"])
+        print(served.chat("x", top_a=200)[1]["error"]["param"], served.chat("x", top_a=3)[0])
+"""
+
+
+def test_the_examples_of_design_md(tmp_path):
+    field, route, engine = examples()
+    (tmp_path / "parrot.py").write_text(engine)
+    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(tmp_path), "field": field, "route": route}
+    (tmp_path / "run.py").write_text(RUN.format(**names))
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["{'version': '1'} 405", "Hello, world", "top_a 200"], done.stderr
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in WITH_TABLES:
+        page.write_text(with_tables(page.read_text()))
