@@ -629,7 +629,7 @@ def make_parser() -> Parser:
     server = parser.add_argument_group("server")
     add = server.add_argument
     add("--profile", choices=list(model_init.PROFILES), default="neutral",
-        help="defaults as another server's users know them (README has the table); each is a flag of its own")  # fmt: skip
+        help="defaults as another server's users know them (docs/coming-from.md has the table); each is a flag of its own")  # fmt: skip
     add("-H", "--host", help="address to listen on; 0.0.0.0: all; default: the profile's (localhost)")
     add("-p", "--port", type=model_init.whole(0, 65535), help="port, 0: any free one; default: the profile's (8000)")
     add("--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them")

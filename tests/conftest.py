@@ -181,6 +181,5 @@ def pytest_terminal_summary(terminalreporter):
     lacks = {name: missing_library(name) for name in BACKENDS}
     tested = [name for name, lack in lacks.items() if lack is None]
     terminalreporter.write_line(f"engines tested: {', '.join(tested) or 'none'}")
-    for name, lack in lacks.items():
-        if lack:
-            terminalreporter.write_line(f"  not tested, {lack}")
+    for lack in filter(None, lacks.values()):
+        terminalreporter.write_line(f"  not tested: {lack}")
