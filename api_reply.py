@@ -187,6 +187,8 @@ class Chunks:
         head["system_fingerprint"] = completion.fingerprint
         self.head = b"data: " + compact(head)[:-1] + b',"choices":['
         self.tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        pieces = (self.chunk(i, self.shape.piece % b"\0") for i in range(len(completion.choices)))
+        self.around = [piece.split(b"\0") for piece in pieces]  # a piece of text, for each choice
 
     def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
         return b'%s{"index":%d,%s,"logprobs":%s,"finish_reason":%s}%s' % (
@@ -203,11 +205,13 @@ class Chunks:
         return b"".join(self.chunk(i, self.shape.opening) for i in count) if self.shape.opening else b""
 
     def delta(self, delta: Delta) -> bytes:
-        out, logprobs = b"", b"null"
+        out = b""
         if delta.logprobs and self.completion.logprobs:
             logprobs = compact(self.shape.logprobs(self.completion.choices[delta.choice], delta.logprobs))
-        if delta.text or logprobs != b"null":
             out = self.chunk(delta.choice, self.shape.piece % compact(delta.text), logprobs)
+        elif delta.text:
+            before, after = self.around[delta.choice]
+            out = before + compact(delta.text) + after
         if delta.finish:
             out += self.chunk(delta.choice, self.shape.closing, finish=b'"%s"' % delta.finish.encode())
         return out
@@ -224,7 +228,7 @@ def sse(payload: Any) -> bytes:
     return b"data: " + compact(payload) + b"\n\n"
 
 
-def merge(events: list[Event]) -> Iterator[Event]:
+def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:
     """One delta per choice out of what has queued up: a slow client gets bigger chunks, not a longer queue."""
     if len(events) == 1:
         yield events[0]

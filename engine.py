@@ -6,12 +6,15 @@ a producer never waits for a consumer.
 Server process                                   Engine process (spawned, one per loaded model)
   handler threads: Engine.submit() -> Job          run_engine: EngineLoop over one Backend
   writer thread:   outbox ──── pipe ────────────►    receive() -> admit() -> step() -> one message of events
-  reader thread:   Job.events ◄──── pipe ────────┘   EOF on the pipe is how either side learns of the other's death
+  reader thread:   Job.put() ◄───── pipe ────────┘   EOF on the pipe is how either side learns of the other's death
+
+Job.put() queues an event for the handler, or hands it to the sink that the handler left when it went to sleep: see Job.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gc
 import hashlib
 import importlib
@@ -745,24 +748,57 @@ def weight_files(path: str) -> list[str]:
 # ───────────────────────────────────────────── the handle in the server process ──────────────────────────────────
 
 
+Sink = Callable[[Delta], bool]  # takes a delta that ends nothing, without waiting for anybody; False: it goes on the queue
+
+
 class Job:
-    """A submitted request as its handler sees it. The handler takes and cancels; the reader thread puts."""
+    """A submitted request as its handler sees it. The handler takes and cancels; whoever produces (one thread) puts.
+
+    What the handler keeps of its stream belongs to one thread at a time: to the handler while it is awake, and while it
+    sleeps in `take(…, sink)` to the producer, which calls the sink. So a token costs no thread that must be woken.
+    """
 
     def __init__(self, engine: Any, number: int, choices: int, client: str):
         self.engine, self.number, self.client = engine, number, client
-        self.open = choices  # choices that have not finished; changed by the engine's reader thread only
+        self.open = choices  # choices that have not finished; changed by the producer only
         self.running = False
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()  # None: wake up
+        self.sink: Sink | None = None
+        self.turn = threading.Lock()  # guards sink, and with it whose turn the stream is
 
-    def take(self, timeout: float) -> list[Event]:
-        """All events that have come, waiting up to `timeout` seconds for the first."""
-        events: list[Event] = []
-        try:
+    def put(self, event: Event | Exception) -> None:
+        """Never waits for the handler: it is asleep, or awake and not in here."""
+        with self.turn:
+            if self.sink is not None:
+                try:
+                    if isinstance(event, Delta) and event.finish is None and self.sink(event):
+                        return
+                except Exception as error:  # a sink's fault is its own request's
+                    event = error
+                self.sink = None
+            self.events.put(event)
+
+    def take(self, timeout: float, sink: Sink | None = None) -> list[Event | Exception]:
+        """All events that have come, waiting up to `timeout` seconds for the first.
+
+        While it waits, `sink` gets each delta that ends nothing, until it returns False or something else comes.
+        """
+        if sink is not None:
+            with self.turn:
+                self.sink = sink if self.events.empty() else None
+        events = []
+        with contextlib.suppress(queue.Empty):
             events.append(self.events.get(timeout=timeout))
-            while True:
-                events.append(self.events.get_nowait())
-        except queue.Empty:
-            return events
+        if sink is not None:
+            with self.turn:
+                self.sink = None
+        while not self.events.empty():  # nobody else takes
+            events.append(self.events.get_nowait())
+        return [event for event in events if event is not None]
+
+    def wake(self) -> None:
+        """Let take() return, maybe with nothing."""
+        self.events.put(None)
 
     def cancel(self) -> None:
         """Free the slot or the place in the queue. Harmless when the job has finished."""
@@ -812,7 +848,7 @@ class Jobs:
             self.jobs[job.number] = job
         if loser:
             self.drop(loser)
-            loser.events.put(QueueFull())
+            loser.put(QueueFull())
 
     def drop(self, job: Job) -> None:
         raise NotImplementedError
@@ -834,7 +870,7 @@ class Jobs:
             waiting = [job for job in self.jobs.values() if not job.running]
         for job in waiting:
             self.drop(job)
-            job.events.put(Unloading(name))
+            job.put(Unloading(name))
 
     def retire(self) -> bool:
         """Take no more jobs, if there are none now: late-comers get EngineFailed."""
@@ -930,7 +966,7 @@ class Engine(Jobs):
             jobs, self.jobs = list(self.jobs.values()), {}
         self.tell()  # before its jobs: a client that has got a 500 may ask for /health at once
         for job in jobs:
-            job.events.put(EngineFailed(reason))
+            job.put(EngineFailed(reason))
         self.gone.set()
         self.outbox.put(None)
         self.conn.close()
@@ -959,7 +995,7 @@ class Engine(Jobs):
             if not job.open:
                 with self.lock:
                     self.jobs.pop(number, None)
-            job.events.put(event)
+            job.put(event)
 
     def kill(self) -> None:
         """For an engine that hangs. Its jobs fail as in a crash; when this returns no job can be submitted to it any more."""

@@ -15,12 +15,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 log = logging.getLogger("openai_api_endpoint")
+PEER_CHECK_S = 0.05  # how often somebody looks whether a client that waits is still there
 LINGER_S = 2.0  # how long a refused body is read on, so that the client gets to read the refusal
 
 
@@ -43,6 +44,7 @@ class Connection(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = 60  # seconds for a silent client, reading or writing; it costs its own connection only
+    left = False  # PeerWatch has seen the client go
 
     # ── one request ──
 
@@ -185,6 +187,17 @@ class Connection(BaseHTTPRequestHandler):
     def write(self, data: bytes) -> None:
         self.connection.sendall(data)
 
+    def can_write_now(self) -> bool:
+        """Is the socket plain, and its file number one that never waits? (Python makes it so for a timeout.)"""
+        return os.name == "posix" and type(self.connection) is socket.socket and bool(self.connection.gettimeout())
+
+    def write_now(self, data: bytes) -> int:
+        """Write what the socket takes without waiting: how many bytes. For whatever thread has the stream's turn."""
+        try:
+            return os.write(self.connection.fileno(), data)  # socket.send would wait for as long as the timeout
+        except OSError:  # full; or reset, which the next write() tells
+            return 0
+
     def common_headers(self) -> list[tuple[str, str]]:
         """Headers that every reply has beside those that HTTP asks for."""
         return [("X-Request-Id", self.request_id)] if self.request_id else []
@@ -240,16 +253,73 @@ class Busy:
             self.count -= 1
 
 
+class PeerWatch:
+    """Tells those who wait for an answer that their client has left. One thread looks for all, while there are any."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards all that follows; a connection that is watched stays open
+        self.watched: dict[int, tuple[Connection, Callable[[], None]]] = {}  # by file number
+        self.poller = select.poll() if hasattr(select, "poll") else None
+        self.some = threading.Event()
+        self.running = self.closed = False
+
+    def add(self, connection: Connection, tell: Callable[[], None]) -> None:
+        """Once `connection`'s client has gone, its `left` is set and `tell` called, which must not wait for anybody."""
+        number = connection.connection.fileno()
+        with self.lock:
+            self.watched[number] = (connection, tell)
+            if self.poller:
+                self.poller.register(number, getattr(select, "POLLRDHUP", select.POLLIN))
+            if not self.running:
+                threading.Thread(target=self.run, name="peer-watch", daemon=True).start()
+                self.running = True
+            self.some.set()
+
+    def discard(self, connection: Connection) -> None:
+        with self.lock:
+            self.remove(connection.connection.fileno())
+
+    def remove(self, number: int) -> None:
+        if self.watched.pop(number, None) and self.poller:
+            self.poller.unregister(number)
+
+    def close(self) -> None:
+        """End the thread when nobody waits any more."""
+        self.closed = True
+        self.some.set()
+
+    def run(self) -> None:
+        while True:
+            self.some.wait()
+            time.sleep(PEER_CHECK_S)
+            with self.lock:
+                self.look()
+                if not self.watched and self.closed:
+                    self.running = False
+                    return
+                if not self.watched:
+                    self.some.clear()
+
+    def look(self) -> None:
+        for number in [number for number, _ in self.poller.poll(0)] if self.poller else list(self.watched):
+            connection, tell = self.watched[number]
+            if connection.peer_gone():
+                self.remove(number)
+                connection.left = True
+                tell()
+
+
 class HttpServer(ThreadingHTTPServer):
     """Accepts connections, a daemon thread each."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 4096  # connections that wait to be accepted; the system has a limit of its own
 
     def __init__(self, address: tuple[str, int], handler: type[Connection], max_body: int = 16 << 20):
         self.max_body = max_body  # bytes
         self.draining = False
         self.busy = Busy()
+        self.peers = PeerWatch()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, handler)
@@ -270,6 +340,10 @@ class HttpServer(ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.05)  # no file numbers left: the connection stays in the backlog, and we do not spin
             raise
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.peers.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("connection of %s", client_address, exc_info=True)

@@ -70,8 +70,8 @@ from api_request import (
 )
 from backends import WITH_EMBEDDINGS
 from catalog import Model, UsageError
-from engine import LOG_FORMAT, Answer, Delta, Details, Job, Prompt, Refused, Started, log
-from http11 import Connection, HttpServer, PeerGone
+from engine import LOG_FORMAT, Answer, Delta, Details, Job, Prompt, Refused, Sink, Started, log
+from http11 import PEER_CHECK_S, Connection, HttpServer, PeerGone
 from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
 
 VERSION = "0.2.0"
@@ -84,7 +84,6 @@ CORS = (
     ("Access-Control-Allow-Headers", "*, Authorization"),
     ("Access-Control-Max-Age", "86400"),
 )
-PEER_CHECK_S = 0.05  # how often a waiting or busy handler looks whether its client is still there
 
 
 class Handler(Connection):
@@ -325,6 +324,7 @@ class Handler(Connection):
             constraint_of(values),
         )
         answer = Generation(self, job, completion, bool(told))
+        self.server.peers.add(self, job.wake)
         try:
             if values.get("stream"):
                 answer.stream(values.get("stream_options", False))
@@ -332,6 +332,7 @@ class Handler(Connection):
                 answer.reply()
             self.server.note_request(self.path, self.body, self.request_id, completion, answer.debug())
         finally:
+            self.server.peers.discard(self)
             job.cancel()
             self.log_note = answer.describe()
 
@@ -451,24 +452,39 @@ class Handler(Connection):
 
 
 class Generation:
-    """One completion on its way to its client: deltas of the engine's in, a reply or a stream out."""
+    """One completion on its way to its client: deltas of the engine's in, a reply or a stream out.
+
+    All that is kept here belongs to the handler while it is awake, and while it sleeps in `deltas` to the engine's reader
+    thread, which gives each delta that ends nothing to `sink`: a handler wakes for what is more than the next chunk.
+    """
 
     def __init__(self, handler: Handler, job: Job, completion: Completion, told: bool):
         self.handler, self.job, self.completion = handler, job, completion
         self.told = told  # what the model was given, as well
         self.first_delta = 0.0  # when it came, by this process's clock
+        self.clock = 0.0  # since when the engine owes us something; 0: it has not taken the job
+        self.sink: Sink | None = None
+        self.unsent = b""  # of a chunk that the sink could not write whole
 
     def reply(self) -> None:
+        self.sink = self.keep
         for delta in self.deltas(streaming=False):
-            self.completion.choices[delta.choice].logprobs += delta.logprobs
+            self.keep(delta)
         self.handler.reply(200, self.completion.reply() | (self.debug() if self.told else {}))
+
+    def keep(self, delta: Delta) -> bool:
+        self.first_delta = self.first_delta or time.monotonic()
+        self.completion.choices[delta.choice].logprobs += self.completion.add(delta).logprobs
+        return True
 
     def stream(self, include_usage: bool) -> None:
         handler, chunks = self.handler, Chunks(self.completion, include_usage)
         for delta in self.deltas(streaming=True):
-            data = chunks.delta(delta)
+            self.first_delta = self.first_delta or time.monotonic()
+            data = chunks.delta(self.completion.add(delta))
             if not handler.streaming:
                 handler.begin_stream(chunks.opening() + data)
+                self.sink = self.passing_on(chunks) if handler.can_write_now() else None
             elif data:
                 handler.write(handler.framed(data))
         last = chunks.last(**self.debug()) if self.told else b""
@@ -477,36 +493,56 @@ class Generation:
         handler.write(handler.framed(last + DONE))
         handler.end_stream()
 
+    def passing_on(self, chunks: Chunks) -> Sink:
+        """A sink that writes a chunk for each delta, until the socket takes no more: then it is the handler's, who may wait."""
+        add, chunk, framed, write_now = self.completion.add, chunks.delta, self.handler.framed, self.handler.write_now
+
+        def pass_on(delta: Delta) -> bool:
+            if self.unsent:
+                return False
+            if data := chunk(add(delta)):
+                data = framed(data)
+                sent = write_now(data)
+                if sent < len(data):
+                    self.unsent = data[sent:]
+                    self.job.wake()
+            self.clock = time.monotonic()
+            return True
+
+        return pass_on
+
     def deltas(self, streaming: bool) -> Iterator[Delta]:
-        """The job's deltas until all its choices have finished. Raises its errors, PeerGone, and 504.
+        """The job's deltas that the sink has not had, until all its choices have finished. Raises its errors, PeerGone, and 504.
 
         The clock starts when the engine has taken the job; for a stream it starts again with every delta.
         """
         completion, patience = self.completion, self.handler.server.request_timeout
-        left, clock, look = len(completion.choices), 0.0, 0.0
+        left = len(completion.choices)
         while left:
-            events = self.job.take(PEER_CHECK_S)
+            wait = self.clock + patience - time.monotonic() if self.clock else patience
+            events = self.job.take(min(max(wait, 0) + 0.01, 3600), self.sink)
             now = time.monotonic()
-            if now >= look:
-                look = now + PEER_CHECK_S
-                if self.handler.peer_gone():
-                    raise PeerGone
-            if clock and now - clock > patience and not (streaming and events):
+            if self.handler.left:
+                raise PeerGone
+            if self.clock and now - self.clock > patience and not (streaming and (events or self.unsent)):
                 self.job.engine.check_silence(patience * 0.9)
                 raise ApiError(504, f"No answer within {patience:g} s (--request-timeout).", code="timeout")
+            if self.unsent:
+                unsent, self.unsent = self.unsent, b""
+                self.handler.write(unsent)
             for event in merge(events):
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Started):
                     completion.start(event)
-                    clock = clock or now
+                    self.clock = self.clock or now
                 elif isinstance(event, Details):
                     completion.details.append(event)
                 elif isinstance(event, Delta):
-                    self.first_delta = self.first_delta or now
                     left -= event.finish is not None
-                    yield completion.add(event)
-                    clock = time.monotonic() if streaming else clock  # what the client took to read is not the engine's
+                    yield event
+            if streaming and events:
+                self.clock = time.monotonic()  # what the client took to read is not the engine's
 
     def debug(self) -> dict[str, Any]:
         """What the model was given, for `return_prompt` and --record: enough to run the request again."""

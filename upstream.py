@@ -216,7 +216,7 @@ class Upstream(Jobs):
         self.gone.set()
         self.tell()
         for job in jobs:  # vLLM, told to stop, waits for its streams without another byte
-            job.events.put(UpstreamFailed(reason))  # first: its thread, once hung up, says only that it broke off
+            job.put(UpstreamFailed(reason))  # first: its thread, once hung up, says only that it broke off
             self.drop(job)
 
     # ── one job ──
@@ -232,19 +232,19 @@ class Upstream(Jobs):
         try:
             if not self.slots.enter(job):
                 return
-            job.events.put(Started(0, 0, time.monotonic()))  # the clock runs; what the prompt counted is told at the end
+            job.put(Started(0, 0, time.monotonic()))  # the clock runs; what the prompt counted is told at the end
             try:
                 self.forward(job, path, data, sampling)
             finally:
                 self.slots.leave(job)
         except (Refused, EngineFailed) as error:
-            job.events.put(error)
+            job.put(error)
         except ConnectionRefusedError:
-            job.events.put(UpstreamFailed(f"{self.spec.path} is not there", 503))
+            job.put(UpstreamFailed(f"{self.spec.path} is not there", 503))
         except Exception as error:  # resets, half lines, no JSON, a shape that nobody knows
             if not job.dropped:
                 log.info("upstream: %s: %s", type(error).__name__, error)
-            job.events.put(UpstreamFailed(f"{self.spec.path} broke off: {str(error)[:200] or type(error).__name__}"))
+            job.put(UpstreamFailed(f"{self.spec.path} broke off: {str(error)[:200] or type(error).__name__}"))
         finally:
             with self.lock:
                 self.jobs.pop(job.number, None)
@@ -363,11 +363,11 @@ class Answer:
             raise UpstreamFailed("it ended before the answer had")
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         now = time.monotonic()
-        self.job.events.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
+        self.job.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
         # Where the upstream counts nothing, a piece is a token, as near as it gets.
         tokens = int(usage.get("completion_tokens", self.pieces)) if self.sampling.max_tokens != 0 else 0  # vLLM counts one
         for index, finish in self.finish.items():
-            self.job.events.put(Delta(index, "", tokens, finish, (), now))
+            self.job.put(Delta(index, "", tokens, finish, (), now))
             tokens = 0
 
     def choice(self, choice: dict[str, Any]) -> None:
@@ -382,7 +382,7 @@ class Answer:
             logprobs = (*logprobs[:-1], logprobs[-1]._replace(shown=False))  # vLLM: an EOS or a stop token
         if text or logprobs:
             self.pieces += 1
-            self.job.events.put(Delta(index, text, 0, None, logprobs, time.monotonic()))
+            self.job.put(Delta(index, text, 0, None, logprobs, time.monotonic()))
         finish = choice.get("finish_reason")
         if finish and finish not in ("stop", "length", "content_filter"):
             raise UpstreamFailed(f"it ended a choice with {finish!r}")

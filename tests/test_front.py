@@ -1,0 +1,305 @@
+"""The way of a delta from the engine's reader thread to its client: who writes it, in what order, and what a slow client costs."""
+
+import contextlib
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import cancelled_at, serve_scripted, sse, until
+from test_endpoint import OK, body, idle, sized
+
+import http11
+from api_reply import CHAT_SHAPE, Choice, Chunks, Completion
+from engine import Delta, Job
+from openai_api_endpoint import Generation
+
+TEXT = 'Hé "☃"\t\\ back\n' * 40  # 760 tokens of the scripted backend, many of them half a character
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """How many bytes each write_now was given, and how many it took."""
+    seen, write_now = [], http11.Connection.write_now
+
+    def counting(self, data):
+        seen.append((len(data), write_now(self, data)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(http11.Connection, "write_now", counting)
+    return seen
+
+
+def ask(served, content, small=False, version="1.1", **fields):
+    sock = socket.socket()
+    if small:  # its window holds a few chunks
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.settimeout(60)
+    sock.connect((served.host, served.port))
+    sock.sendall(sized(body(content, stream=True, **fields), "Connection: close", version=version))
+    return sock
+
+
+def rest(sock):
+    out = b""
+    while data := sock.recv(65536):
+        out += data
+    return out
+
+
+def dechunk(raw):
+    """The body of a chunked reply, and the sizes of its chunks."""
+    _, _, raw = raw.partition(b"\r\n\r\n")
+    data, sizes = b"", []
+    while True:
+        line, _, raw = raw.partition(b"\r\n")
+        sizes.append(int(line, 16))
+        if not sizes[-1]:
+            return data, sizes
+        data, raw = data + raw[: sizes[-1]], raw[sizes[-1] + 2 :]
+
+
+def text(events, index=0):
+    return "".join(c["delta"].get("content", "") for e in events for c in e["choices"] if c["index"] == index)
+
+
+@contextlib.contextmanager
+def small_buffers(folder, **options):
+    with serve_scripted(folder, **options) as served:
+        served.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)  # what is accepted has it too
+        yield served
+
+
+def test_a_stream_is_the_plain_answer(scripted, writes):
+    plain = scripted.chat("echo " + TEXT, seed=1)[1]
+    assert plain["choices"][0]["message"]["content"] == TEXT
+    with ask(scripted, "echo " + TEXT, stream_options={"include_usage": True}) as sock:
+        raw = rest(sock)
+    events = sse(dechunk(raw)[0])
+    assert text(events) == TEXT
+    assert events[-1]["usage"] == plain["usage"]
+    assert len(writes) > len(TEXT) // 2  # the handler slept
+    with ask(scripted, "echo " + TEXT, version="1.0") as sock:
+        head, _, data = rest(sock).partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert text(sse(data)) == TEXT
+
+
+def test_a_chunk_for_every_token(scripted):
+    with ask(scripted, "forever", max_tokens=300) as sock:
+        data, _ = dechunk(rest(sock))
+    pieces = [event["choices"][0]["delta"].get("content") for event in sse(data)]
+    assert pieces == ["", *"x" * 300, None]
+
+
+def test_choices_each_keep_their_order(scripted, writes):
+    events = scripted.stream("echo " + TEXT, n=2, stop=["back\nHé", "no"])
+    other = scripted.stream("echo " + TEXT, n=2, max_tokens=400)
+    for i in range(2):
+        assert text(events, i) == TEXT[: TEXT.index("back\nHé")]
+        assert TEXT.startswith(text(other, i))
+        assert [e["choices"][0]["finish_reason"] for e in other if e["choices"][0]["index"] == i][-1] == "length"
+    assert writes
+
+
+def test_completions(scripted):
+    plain = scripted.request("POST", "/v1/completions", {"prompt": "echo " + TEXT, "max_tokens": 700})[1]
+    raw = scripted.request("POST", "/v1/completions", {"prompt": "echo " + TEXT, "max_tokens": 700, "stream": True})[1]
+    assert "".join(e["choices"][0]["text"] for e in sse(raw)) == plain["choices"][0]["text"]
+
+
+def test_a_reader_that_stalls_and_goes_on(tmp_path, writes):
+    with small_buffers(tmp_path) as served, ask(served, "echo " + TEXT, small=True) as sock:
+        until(lambda: any(sent < size for size, sent in writes))  # it takes no more
+        until(lambda: len(served.models.engine.jobs) == 0)  # the engine has waited for nobody
+        data, _ = dechunk(rest(sock))
+        assert text(sse(data)) == TEXT
+
+
+def test_stalls_again_and_again(tmp_path, writes):
+    with small_buffers(tmp_path) as served, ask(served, "echo " + TEXT, small=True) as sock:
+        out = b""
+        while data := sock.recv(3000):
+            out += data
+            time.sleep(0.01)
+        assert text(sse(dechunk(out)[0])) == TEXT
+    assert any(sent < size for size, sent in writes)
+
+
+def test_one_that_stalls_holds_up_no_other(tmp_path, writes):
+    with small_buffers(tmp_path) as served, ask(served, "forever", small=True, max_tokens=1900) as stalled:
+        until(lambda: any(sent < size for size, sent in writes))
+        assert text(served.stream("echo " + TEXT)) == TEXT
+        data, _ = dechunk(rest(stalled))
+        assert text(sse(data)) == "x" * 1900
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half"])
+def test_a_client_that_leaves_a_stream_that_runs(scripted, writes, how):
+    sock = ask(scripted, "forever")
+    until(lambda: len(writes) > 20)
+    if how == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    if how == "half":
+        sock.shutdown(socket.SHUT_WR)
+    else:
+        sock.close()
+    idle(scripted)
+    until(lambda: cancelled_at(scripted.calls(), 1))
+    assert cancelled_at(scripted.calls(), 1) < 1000
+    sock.close()
+
+
+def test_a_client_that_leaves_while_it_stalls(tmp_path, writes):
+    with small_buffers(tmp_path) as served:
+        sock = ask(served, "forever", small=True)
+        until(lambda: any(sent < size for size, sent in writes))
+        sock.close()
+        idle(served)
+
+
+def test_a_request_that_follows_is_not_an_end(scripted, writes):
+    with socket.create_connection((scripted.host, scripted.port)) as sock:
+        sock.sendall(sized(body("forever", stream=True, max_tokens=300)))
+        until(lambda: len(writes) > 5)
+        sock.sendall(sized(body("echo two"), "Connection: close"))
+        out = rest(sock)
+    assert out.count(OK) == 2
+    assert out.count(b'"content":"x"') == 300
+    assert b'"content":"two"' in out
+
+
+def test_an_error_after_many_chunks(scripted, writes):
+    sock = ask(scripted, "forever")
+    until(lambda: len(writes) > 20)
+    scripted.models.engine.process.kill()
+    data, sizes = dechunk(rest(sock))
+    *chunks, error = sse(data)
+    assert error["error"]["code"] == "engine_failed"
+    assert text(chunks) == "x" * (len(chunks) - 1)
+    sock.close()
+
+
+def test_a_fault_in_one_stream_is_its_own(scripted, monkeypatch):
+    delta = Chunks.delta
+
+    def faulty(self, given):
+        if self.completion.model == "faulty" and self.completion.tokens > 50:
+            raise KeyError("bug")
+        return delta(self, given)
+
+    monkeypatch.setattr(Chunks, "delta", faulty)
+    other = []
+    thread = threading.Thread(target=lambda: other.append(text(scripted.stream("echo " + TEXT))))
+    thread.start()
+    *chunks, error = scripted.stream("forever", model="faulty")
+    assert error["error"]["code"] == "internal_error"
+    assert text(chunks) == "x" * 50
+    thread.join()
+    assert other == [TEXT]
+
+
+def test_silence_in_mid_stream(tmp_path, writes):
+    with serve_scripted(tmp_path, request_timeout=0.3) as served, ask(served, "forever") as sock:
+        until(lambda: len(writes) > 20)
+        served.script("hold")
+        data, _ = dechunk(rest(sock))
+        assert sse(data)[-1]["error"]["type"] == "timeout_error"
+        served.script("hold", False)
+
+
+# ── engine.Job ──
+
+
+def letter(char, finish=None):
+    return Delta(0, char, 1, finish)
+
+
+def test_the_sink_has_its_turn_while_the_handler_waits():
+    job, sunk = Job(None, 0, 1, ""), []
+    job.put(letter("a"))
+    assert job.take(0, lambda d: not sunk.append(d)) == [letter("a")]  # it was there before
+    job.put(letter("b"))
+    assert (sunk, job.take(0)) == ([], [letter("b")])  # the handler was awake
+
+    def say():
+        until(lambda: job.sink)
+        for event in map(letter, "cd"):
+            job.put(event)
+        job.put(letter("e", "stop"))
+        job.put(letter("f"))
+
+    thread = threading.Thread(target=say)
+    thread.start()
+    taken = job.take(60, lambda d: not sunk.append(d))
+    thread.join()
+    assert sunk == [letter("c"), letter("d")]
+    assert taken + job.take(0) == [letter("e", "stop"), letter("f")]
+
+
+def test_what_has_come_comes_first():
+    job, sunk = Job(None, 0, 1, ""), []
+    job.put(letter("a"))
+    get = job.events.get
+
+    class Quick(type(job.events)):  # a producer that is faster than the handler
+        def get(self, timeout):
+            job.put(letter("b"))
+            return super().get()
+
+    job.events = Quick()
+    job.events.put(get())
+    assert job.take(0, lambda d: not sunk.append(d)) == [letter("a"), letter("b")]
+    job = Job(None, 0, 1, "")
+    assert job.take(0, lambda d: not sunk.append(d)) == []
+    job.put(letter("c"))
+    assert (sunk, job.take(0)) == ([], [letter("c")])
+
+
+def test_what_a_socket_does_not_take_wakes_the_handler():
+    job, took = Job(None, 0, 1, ""), []
+    completion = Completion("id", "m", "fp", [Choice()], CHAT_SHAPE)
+    handler = SimpleNamespace(framed=bytes, write_now=lambda data: took.append(data) or 3)
+    generation = Generation(handler, job, completion, told=False)
+    sink = generation.passing_on(Chunks(completion, False))
+    assert sink(letter("a"))
+    assert (generation.unsent, completion.tokens) == (took[0][3:], 1)
+    assert job.take(60) == []  # it is awake
+    assert not sink(letter("b"))
+    assert (generation.unsent, completion.tokens, len(took)) == (took[0][3:], 1, 1)
+
+
+def test_a_sink_that_is_full_and_one_that_breaks():
+    def full(delta):
+        return False
+
+    def broken(delta):
+        raise KeyError("bug")
+
+    for sink, got in ((full, "[Delta"), (broken, "[KeyError")):
+        job = Job(None, 0, 1, "")
+        thread = threading.Thread(target=lambda job=job: (until(lambda: job.sink), job.put(letter("a"))))
+        thread.start()
+        assert str(job.take(60, sink)).startswith(got)
+        thread.join()
+        assert job.sink is None
+    job.wake()
+    assert job.take(60) == []
+
+
+def test_order_holds_however_handler_and_producer_meet():
+    job, seen = Job(None, 0, 1, ""), []
+    numbers = range(20_000)
+
+    def sink(delta):
+        if delta.tokens % 7:  # every seventh is not taken
+            seen.append(delta.tokens)
+        return bool(delta.tokens % 7)
+
+    thread = threading.Thread(target=lambda: [job.put(Delta(0, "", i)) for i in numbers])
+    thread.start()
+    while len(seen) < len(numbers):
+        seen += [delta.tokens for delta in job.take(0.001, sink)]
+    thread.join()
+    assert seen == list(numbers)
