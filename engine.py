@@ -748,7 +748,7 @@ def weight_files(path: str) -> list[str]:
 # ───────────────────────────────────────────── the handle in the server process ──────────────────────────────────
 
 
-Sink = Callable[[Delta], bool]  # takes a delta that ends nothing, without waiting for anybody; False: it goes on the queue
+Sink = Callable[[Event | Exception], bool]  # takes an event without waiting for anybody; False: it goes on the queue
 
 
 class Job:
@@ -771,7 +771,7 @@ class Job:
         with self.turn:
             if self.sink is not None:
                 try:
-                    if isinstance(event, Delta) and event.finish is None and self.sink(event):
+                    if self.sink(event):
                         return
                 except Exception as error:  # a sink's fault is its own request's
                     event = error
@@ -781,7 +781,7 @@ class Job:
     def take(self, timeout: float, sink: Sink | None = None) -> list[Event | Exception]:
         """All events that have come, waiting up to `timeout` seconds for the first.
 
-        While it waits, `sink` gets each delta that ends nothing, until it returns False or something else comes.
+        While it waits, `sink` gets each event, until it returns False for one: that one, and what follows, is on the queue.
         """
         if sink is not None:
             with self.turn:

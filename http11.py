@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 import re
 import select
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -67,7 +67,9 @@ class Connection(BaseHTTPRequestHandler):
         self.status, self.started, self.streaming = 0, time.monotonic(), False
         self.log_note = ""
         self.extra: list[tuple[str, str]] = []
-        self.request_id = re.sub(r"[^!-~]", "", self.headers.get("X-Request-Id", ""))[:128] or f"req-{uuid.uuid4().hex}"
+        self.request_id = (
+            re.sub(r"[^!-~]", "", self.headers.get("X-Request-Id", ""))[:128] or f"req-{random.getrandbits(128):032x}"
+        )
         try:
             self.answer()
         except (PeerGone, OSError):

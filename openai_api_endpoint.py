@@ -21,12 +21,12 @@ import difflib
 import hmac
 import logging
 import os
+import random
 import re
 import signal
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -70,7 +70,7 @@ from api_request import (
 )
 from backends import WITH_EMBEDDINGS
 from catalog import Model, UsageError
-from engine import LOG_FORMAT, Answer, Delta, Details, Job, Prompt, Refused, Sink, Started, log
+from engine import LOG_FORMAT, Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
 from http11 import PEER_CHECK_S, Connection, HttpServer, PeerGone
 from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
 
@@ -315,7 +315,7 @@ class Handler(Connection):
         )
         assert job.engine.info is not None
         completion = Completion(
-            shape.prefix + uuid.uuid4().hex,
+            shape.prefix + f"{random.getrandbits(128):032x}",
             self.model_name(values),
             job.engine.info.fingerprint,
             [Choice() for _ in range(sampling.n * len(prompts))],
@@ -455,7 +455,7 @@ class Generation:
     """One completion on its way to its client: deltas of the engine's in, a reply or a stream out.
 
     All that is kept here belongs to the handler while it is awake, and while it sleeps in `deltas` to the engine's reader
-    thread, which gives each delta that ends nothing to `sink`: a handler wakes for what is more than the next chunk.
+    thread, which calls `sink` with each event: a handler wakes for what is more than the next chunk.
     """
 
     def __init__(self, handler: Handler, job: Job, completion: Completion, told: bool):
@@ -463,19 +463,32 @@ class Generation:
         self.told = told  # what the model was given, as well
         self.first_delta = 0.0  # when it came, by this process's clock
         self.clock = 0.0  # since when the engine owes us something; 0: it has not taken the job
-        self.sink: Sink | None = None
+        self.sink: Sink = self.begin
         self.unsent = b""  # of a chunk that the sink could not write whole
 
     def reply(self) -> None:
         self.sink = self.keep
         for delta in self.deltas(streaming=False):
-            self.keep(delta)
+            self.add(delta)
         self.handler.reply(200, self.completion.reply() | (self.debug() if self.told else {}))
 
-    def keep(self, delta: Delta) -> bool:
+    def begin(self, event: Event | Exception) -> bool:
+        """The engine has taken the job, which nobody needs to wake for."""
+        if not isinstance(event, Started):
+            return False
+        self.completion.start(event)
+        self.clock = self.clock or time.monotonic()
+        return True
+
+    def keep(self, event: Event | Exception) -> bool:
+        if not isinstance(event, Delta) or event.finish is not None:
+            return self.begin(event)
+        self.add(event)
+        return True
+
+    def add(self, delta: Delta) -> None:
         self.first_delta = self.first_delta or time.monotonic()
         self.completion.choices[delta.choice].logprobs += self.completion.add(delta).logprobs
-        return True
 
     def stream(self, include_usage: bool) -> None:
         handler, chunks = self.handler, Chunks(self.completion, include_usage)
@@ -484,7 +497,7 @@ class Generation:
             data = chunks.delta(self.completion.add(delta))
             if not handler.streaming:
                 handler.begin_stream(chunks.opening() + data)
-                self.sink = self.passing_on(chunks) if handler.can_write_now() else None
+                self.sink = self.passing_on(chunks) if handler.can_write_now() else self.begin
             elif data:
                 handler.write(handler.framed(data))
         last = chunks.last(**self.debug()) if self.told else b""
@@ -497,10 +510,10 @@ class Generation:
         """A sink that writes a chunk for each delta, until the socket takes no more: then it is the handler's, who may wait."""
         add, chunk, framed, write_now = self.completion.add, chunks.delta, self.handler.framed, self.handler.write_now
 
-        def pass_on(delta: Delta) -> bool:
-            if self.unsent:
+        def pass_on(event: Event | Exception) -> bool:
+            if not isinstance(event, Delta) or event.finish is not None or self.unsent:
                 return False
-            if data := chunk(add(delta)):
+            if data := chunk(add(event)):
                 data = framed(data)
                 sent = write_now(data)
                 if sent < len(data):
@@ -533,14 +546,13 @@ class Generation:
             for event in merge(events):
                 if isinstance(event, Exception):
                     raise event
-                if isinstance(event, Started):
-                    completion.start(event)
-                    self.clock = self.clock or now
-                elif isinstance(event, Details):
+                if isinstance(event, Details):
                     completion.details.append(event)
                 elif isinstance(event, Delta):
                     left -= event.finish is not None
                     yield event
+                else:
+                    self.begin(event)
             if streaming and events:
                 self.clock = time.monotonic()  # what the client took to read is not the engine's
 
