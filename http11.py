@@ -232,9 +232,9 @@ class Connection(BaseHTTPRequestHandler):
     def framed(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.chunked else data
 
-    def end_stream(self) -> None:
-        if self.chunked:
-            self.write(b"0\r\n\r\n")
+    def end_stream(self, last: bytes) -> None:
+        """The last events, and the end."""
+        self.write(self.framed(last) + (b"0\r\n\r\n" if self.chunked else b""))
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("http: " + format, *args)

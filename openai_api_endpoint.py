@@ -101,9 +101,7 @@ class Handler(Connection):
             told.param = PROMPT_FIELDS.get(self.path.partition("?")[0].rstrip("/").removeprefix("/v1"), "prompt")
         self.log_note += f" {told.message[:300]}"
         if self.streaming:
-            self.write(self.framed(sse(told.body()) + DONE))
-            self.end_stream()
-            return
+            return self.end_stream(sse(told.body()) + DONE)
         if told.close:
             self.close_connection = True
         self.reply(told.status, told.body(), told.headers)
@@ -393,8 +391,7 @@ class Handler(Connection):
                 self.write(self.framed(event))
             told = event
             if status == "loaded":
-                self.write(self.framed(DONE))
-                return self.end_stream()
+                return self.end_stream(DONE)
             if self.peer_gone():
                 raise PeerGone
 
@@ -491,20 +488,25 @@ class Generation:
         self.completion.choices[delta.choice].logprobs += self.completion.add(delta).logprobs
 
     def stream(self, include_usage: bool) -> None:
-        handler, chunks = self.handler, Chunks(self.completion, include_usage)
+        handler, completion, chunks = self.handler, self.completion, Chunks(self.completion, include_usage)
+        data = b""
         for delta in self.deltas(streaming=True):
             self.first_delta = self.first_delta or time.monotonic()
-            data = chunks.delta(self.completion.add(delta))
+            data += chunks.delta(completion.add(delta))
+            if delta.finish and all(choice.finish for choice in completion.choices):
+                break  # this goes with the end
             if not handler.streaming:
                 handler.begin_stream(chunks.opening() + data)
                 self.sink = self.passing_on(chunks) if handler.can_write_now() else self.begin
             elif data:
                 handler.write(handler.framed(data))
-        last = chunks.last(**self.debug()) if self.told else b""
+            data = b""
+        data += chunks.last(**self.debug()) if self.told else b""
         if include_usage:
-            last += chunks.last(usage=self.completion.usage(), timings=self.completion.timings())
-        handler.write(handler.framed(last + DONE))
-        handler.end_stream()
+            data += chunks.last(usage=completion.usage(), timings=completion.timings())
+        if not handler.streaming:
+            handler.begin_stream(chunks.opening())
+        handler.end_stream(data + DONE)
 
     def passing_on(self, chunks: Chunks) -> Sink:
         """A sink that writes a chunk for each delta, until the socket takes no more: then it is the handler's, who may wait."""
