@@ -3,6 +3,7 @@
 
     python openai_api_endpoint.py --max-parallel 32                      # in one terminal
     python examples/benchmark.py http://localhost:8000 --raw llamacpp    # in another
+    python examples/benchmark.py --front                                 # the server alone, by itself
 
 N streams at once, each a chat of its own; tokens/s, time to first token (TTFT), time between tokens (ITL), and how long
 /health takes meanwhile. With --raw the same prompts run through the bare library, without HTTP, in turns with the server;
@@ -27,6 +28,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import urlsplit
+
+import front
 
 TOPICS = [
     "a lighthouse",
@@ -440,13 +443,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def start_probe(url: str) -> Worker:
+    prober = Worker(probe_health, url)
+    prober.conn.recv()
+    return prober
+
+
 def health_under_load(args: argparse.Namespace, worker: Worker, streams: int) -> list[float]:
     """In rounds of their own: on a small machine twenty probes a second cost tokens."""
     times: list[float] = []
     for round_ in range(2):
         progress(f"{streams} streams, /health")
-        prober = Worker(probe_health, args.url)
-        prober.conn.recv()
+        prober = start_probe(args.url)
         worker.ask(streams, args.tokens, 100 * streams + 90 + round_)
         times += prober.ask("stop")
     return times
@@ -539,7 +547,13 @@ def main() -> None:
     parser.add_argument("--no-health", action="store_true", help="for a server without /health")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument(
+        "--front", action="store_true", help="what the server carries without an engine's cost (see front.py); nothing else"
+    )
     args = parser.parse_args()
+    if args.front:
+        print(front.rows(args.tokens, start_probe))
+        return
     results = measure(args)
     print(table(results))
     print(f"\nTTFT of the second turn of a conversation of 1,000 tokens ÷ the first's: {second_turn(args.url):.2f}")
