@@ -22,6 +22,8 @@ import math
 import os
 import re
 import shutil
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -41,7 +43,17 @@ from engine import (
     one_line,
     too_long,
 )
-from model_files import gguf_shape, hf_template, own_sampling, read_gguf, read_json, text_config, token_text
+from model_files import (
+    cache_folder,
+    file_mark,
+    gguf_shape,
+    hf_template,
+    own_sampling,
+    read_gguf,
+    read_json,
+    text_config,
+    token_text,
+)
 
 # ────────────────────────────────────────────────── the machine ──────────────────────────────────────────────────
 
@@ -59,11 +71,18 @@ def physical_cores() -> int:
     return len(cores)
 
 
+LONG = 32_768  # tokens that one request may use unless the command line says otherwise
+
+
+def machine_memory() -> int:
+    """Bytes; 0 where the system does not say."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
 def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memory: int | None = None) -> int:
-    """KV cache tokens over all slots: up to 4,096 for each, as far as a quarter of `memory` (bytes; None: the machine's) goes."""
-    wanted = slots * min(context, 4096)
-    if memory is None and hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """KV cache tokens over all slots: up to 4,096 for each, or one long request, within a quarter of `memory` (None: the machine's)."""
+    wanted = max(slots * min(context, 4096), min(context, LONG))
+    memory = machine_memory() if memory is None else memory
     if kv_bytes_per_token and memory:
         wanted = min(wanted, max(slots * 256, memory // 4 // kv_bytes_per_token))
     return wanted
@@ -115,7 +134,7 @@ class OpenVino:
         scheduler.num_kv_blocks = -(-self.cache_tokens // (self.BLOCK if self.device == "CPU" else self.BLOCK_GPU))
         scheduler.enable_prefix_caching = True
         progress(0.0)
-        self.pipe = self.genai.ContinuousBatchingPipeline(spec.path, scheduler, self.device, self.properties(spec), {})
+        self.pipe = self.load(spec, scheduler)
         self.context = min(context, self.cache_tokens)
         self.tokenizer = self.pipe.get_tokenizer()
         self.template = ChatTemplate(
@@ -137,6 +156,37 @@ class OpenVino:
         self.handles: dict[int, Any] = {}
         self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
+
+    def load(self, spec: EngineSpec, scheduler: Any) -> Any:
+        """To convert a GGUF file takes longer than all the rest of a start: its IR is kept in the cache folder."""
+
+        def pipeline(path: str, **more: Any) -> Any:
+            return self.genai.ContinuousBatchingPipeline(path, scheduler, self.device, self.properties(spec) | more, {})
+
+        if os.path.isdir(spec.path) or "no_model_cache" in dict(spec.flags):
+            return pipeline(spec.path)
+        kept = cache_folder() / "openvino" / f"{file_mark(spec.path)}-{self.library.replace(' ', '-')}"
+        if kept.is_dir():
+            return pipeline(str(kept))
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+                gguf = os.path.join(made, "model.gguf")
+                os.symlink(os.path.abspath(spec.path), gguf)  # the library writes beside what it reads
+                self.genai.Tokenizer(gguf, enable_save_ov_model=True)
+                pipe = pipeline(gguf, enable_save_ov_model=True)
+                os.unlink(gguf)
+                with contextlib.suppress(FileExistsError):  # another server was first
+                    shutil.copytree(made, f"{made}.whole")
+                    os.rename(f"{made}.whole", kept)  # whole or not at all
+            log.info("kept the converted model in %s (--no-model-cache: convert at each start)", kept)
+            return pipe
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # no room, no links, not our folder: or it cannot be loaded, which is told again
+            log.warning("the converted model is not kept (%s)", one_line(error))
+            return pipeline(spec.path)
 
     def properties(self, spec: EngineSpec) -> dict[str, Any]:
         found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads} if self.device == "CPU" else {}
@@ -272,12 +322,19 @@ class LlamaSlot:
     indexed: int = 0  # tokens of the sequence that `grams` knows
     left: int = 0  # tokens that may still be sampled
 
+    def yield_cells(self) -> None:
+        """Give its cells back, to be decoded anew when there is room: what was sampled, and the sampler, stay."""
+        self.todo, self.kv = self.kv + self.todo, []
+        if self.scores:  # of a prompt that is being scored, from its first token
+            self.scores = [Scored(None)]
+
 
 class LlamaCpp:
     """llama.cpp by its low-level Python binding: any GGUF file.
 
     One llama_batch per step over all sequences; a long prompt is decoded in pieces so that the others keep going.
-    Each slot has cache_tokens / slots tokens of KV cache of its own (a unified cache attends over everyone's cells).
+    Where memory allows, each slot has a KV cache of its own; else all share one, which is slower (each attends over everyone's
+    cells) but lets one request use all of it. There a prompt waits until it fits, and the youngest sequence yields when cells run out.
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("llama_cpp",)
@@ -285,7 +342,8 @@ class LlamaCpp:
     LACKS: ClassVar = frozenset[str]()
     SPECULATES: ClassVar = frozenset({"ngram"})
     BATCH = 512  # tokens per step when nobody waits for the next token …
-    BATCH_BUSY = 256  # … and when somebody does
+    BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
+    STEP_S = 0.15  # what a step may take then; or two steps that only decode, if that is more
     BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
@@ -317,17 +375,18 @@ class LlamaCpp:
         meta = read_gguf(spec.path)
         self.defaults = own_sampling(meta)
         trained = lib.llama_model_n_ctx_train(self.model)
-        wanted = spec.cache_tokens or default_cache_tokens(spec.slots, trained, gguf_shape(meta)[1])
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
             raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
-        self.ctx = self.make_context(min(wanted // spec.slots, trained))
+        self.cells, self.unified = cache_layout(spec, trained, gguf_shape(meta)[1])
+        self.ctx = self.make_context()
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
         self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
         self.grammars: dict[str, Any] = {}  # compiled, by text
+        self.decode_s, self.token_s = 0.0, 0.0  # what a step takes that only decodes, and what a prompt's token adds
         self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
         row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
         self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
@@ -362,13 +421,13 @@ class LlamaCpp:
     def placement(self) -> str:
         return ", ".join(f"{count} layers on {device}" for device, count in self.placed.items())
 
-    def make_context(self, per_slot: int) -> Any:
+    def make_context(self) -> Any:
         params = self.lib.llama_context_default_params()
-        params.n_ctx = max(per_slot, 256) * self.slots
+        params.n_ctx = self.cells
         params.n_batch = params.n_ubatch = self.BATCH
         params.n_seq_max = self.slots
         params.n_threads = params.n_threads_batch = self.threads
-        params.kv_unified = False
+        params.kv_unified = self.unified
         types = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}
         params.type_k = types[self.flags.get("cache_type_k", "f16")]
         params.type_v = types[self.flags.get("cache_type_v", "f16")]
@@ -479,13 +538,62 @@ class LlamaCpp:
         return self.lib.llama_sampler_clone(self.grammars[text])
 
     def step(self) -> list[Step]:
+        if self.unified:
+            self.make_room()
         ready = self.fill_batch()
+        began = time.monotonic()
         status = self.lib.llama_decode(self.ctx, self.batch)
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
+        self.learn(time.monotonic() - began, self.batch.n_tokens - len(ready))
         for slot, index, token in self.scoring:
             slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
         return [self.accept(slot, index) if slot.drafts else self.sample(slot, index) for slot, index in ready]
+
+    def learn(self, took: float, more: int) -> None:
+        """How long steps take; `more`: tokens beside one for each sequence that got its next."""
+        if more <= len(self.ring):
+            self.decode_s += (took - self.decode_s) * (0.2 if self.decode_s else 1)
+        elif more >= self.BATCH_LEAST:
+            self.token_s += (max(0.0, took - self.decode_s) / more - self.token_s) * (0.2 if self.token_s else 1)
+
+    def piece_size(self) -> int:
+        """Tokens of a step in which others decode."""
+        asked = self.flags.get("step_target", 0) / 1000
+        spare = (asked or max(2 * self.decode_s, self.STEP_S)) - self.decode_s
+        fits = int(spare / self.token_s) if self.token_s else self.BATCH_BUSY
+        return min(max(fits, self.BATCH_LEAST), self.BATCH_BUSY)
+
+    def make_room(self) -> None:
+        """Cells for all that decode, and for the prompt that has waited longest.
+
+        First go prompts that are kept for reuse, the oldest first; then the youngest sequence yields. The oldest never does.
+        """
+        kept = sorted((slot for slot in self.ring if slot.sampler is None and slot.kv), key=lambda s: s.used)
+        busy = sorted((slot for slot in self.ring if slot.sampler is not None), key=lambda s: s.used)
+        next_prompt = next((len(slot.todo) for slot in busy if len(slot.todo) > 1), 0)
+        while self.free_cells() < self.growth() + next_prompt and kept:
+            self.forget(kept.pop(0))
+        while self.free_cells() < self.growth() or (next_prompt > self.free_cells() and not self.growth()):
+            holding = [slot for slot in busy[1:] if slot.kv]
+            if not holding:
+                return
+            self.forget(holding[-1])
+
+    def growth(self) -> int:
+        """Cells that a step needs at most for the sequences that decode."""
+        return (1 + self.draft_tokens * bool(self.ngram)) * sum(len(s.todo) == 1 for s in self.ring if s.sampler is not None)
+
+    def free_cells(self) -> int:
+        """Counts what sequences share as often as it is shared."""
+        return self.cells - sum(len(slot.kv) for slot in self.ring)
+
+    def forget(self, slot: LlamaSlot) -> None:
+        self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
+        if slot.sampler is None:
+            slot.kv = []
+        else:
+            slot.yield_cells()
 
     def fill_batch(self) -> list[tuple[LlamaSlot, int]]:
         """One token of every sequence that decodes, then pieces of the prompts. Returns whose last logits are at which index."""
@@ -493,7 +601,8 @@ class LlamaCpp:
         busy = [slot for slot in self.ring if slot.sampler is not None]
         decoding = [slot for slot in busy if len(slot.todo) == 1]
         prefilling = sorted((slot for slot in busy if len(slot.todo) > 1), key=lambda s: s.used)
-        room = max(self.BATCH_BUSY if decoding else self.BATCH, len(decoding) + 1)
+        room = max(self.piece_size() if decoding else self.BATCH, len(decoding) + 1)
+        free = self.free_cells() - self.growth() if self.unified else self.cells
         at = 0
         self.scoring = []
         if self.ngram:
@@ -501,10 +610,12 @@ class LlamaCpp:
                 slot.drafts = self.guess(slot, min(self.draft_tokens, room // (2 if prefilling else 1) // len(decoding) - 1))
                 slot.todo += slot.drafts
         for slot in decoding + prefilling:
-            scored = slot.sampling.scores_prompt and len(slot.todo) > 1 and not slot.drafts
+            prompt = len(slot.todo) > 1 and not slot.drafts
+            scored = prompt and slot.scores
             piece = slot.todo[: min(room, self.BATCH_SCORED) if scored else room]
-            if not piece:
+            if not piece or (prompt and len(slot.todo) > free):  # the next in line waits until the whole of it fits
                 break
+            free -= len(piece) * prompt
             position, last = len(slot.kv), len(slot.todo) == len(piece)
             for i, token in enumerate(piece):
                 batch.token[at] = token
@@ -652,6 +763,21 @@ class LlamaCpp:
 
 
 LAYER_ON = re.compile(r"layer +\d+ assigned to device (\w+)")  # llama.cpp tells it in its log alone
+
+
+def cache_layout(spec: EngineSpec, trained: int, kv_bytes: int) -> tuple[int, bool]:
+    """(cells of KV cache over all slots, whether the slots share them).
+
+    A request may use LONG tokens, or what --length says, as far as model and memory allow. --cache-size without --length means
+    an equal share for each slot.
+    """
+    memory = machine_memory()
+    length = min(spec.length or LONG, trained)
+    if spec.cache_tokens and (spec.cache_tokens // spec.slots >= length or not spec.length):
+        return max(min(spec.cache_tokens // spec.slots, trained), 256) * spec.slots, False
+    if not spec.cache_tokens and kv_bytes and memory and spec.slots * length * kv_bytes <= memory // 16:
+        return max(length, 256) * spec.slots, False
+    return spec.cache_tokens or default_cache_tokens(spec.slots, trained, kv_bytes), True
 
 
 def shared(a: list[int], b: list[int], limit: int) -> int:

