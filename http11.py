@@ -220,14 +220,17 @@ class Connection(BaseHTTPRequestHandler):
         self.write(head if self.command == "HEAD" else head + body)
 
     def begin_stream(self, first: bytes) -> None:
-        """Status line, headers and the first events in one packet."""
+        self.write(self.stream_head(first))
+
+    def stream_head(self, first: bytes) -> bytes:
+        """Status line, headers and the first events, to be written in one packet."""
         self.streaming, self.chunked = True, self.request_version == "HTTP/1.1"
         sse = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
         if self.chunked:
             sse.append(("Transfer-Encoding", "chunked"))
         else:
             self.close_connection = True
-        self.write(self.head(200, sse) + self.framed(first))
+        return self.head(200, sse) + self.framed(first)
 
     def framed(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.chunked else data

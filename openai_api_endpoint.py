@@ -489,6 +489,8 @@ class Generation:
 
     def stream(self, include_usage: bool) -> None:
         handler, completion, chunks = self.handler, self.completion, Chunks(self.completion, include_usage)
+        if handler.can_write_now():
+            self.sink = self.passing_on(chunks)
         data = b""
         for delta in self.deltas(streaming=True):
             self.first_delta = self.first_delta or time.monotonic()
@@ -497,7 +499,6 @@ class Generation:
                 break  # this goes with the end
             if not handler.streaming:
                 handler.begin_stream(chunks.opening() + data)
-                self.sink = self.passing_on(chunks) if handler.can_write_now() else self.begin
             elif data:
                 handler.write(handler.framed(data))
             data = b""
@@ -510,18 +511,24 @@ class Generation:
 
     def passing_on(self, chunks: Chunks) -> Sink:
         """A sink that writes a chunk for each delta, until the socket takes no more: then it is the handler's, who may wait."""
-        add, chunk, framed, write_now = self.completion.add, chunks.delta, self.handler.framed, self.handler.write_now
+        handler, add, chunk = self.handler, self.completion.add, chunks.delta
 
         def pass_on(event: Event | Exception) -> bool:
             if not isinstance(event, Delta) or event.finish is not None or self.unsent:
-                return False
-            if data := chunk(add(event)):
-                data = framed(data)
-                sent = write_now(data)
-                if sent < len(data):
-                    self.unsent = data[sent:]
-                    self.job.wake()
+                return self.begin(event)
+            data = chunk(add(event))
             self.clock = time.monotonic()
+            if not handler.streaming:
+                self.first_delta = self.clock
+                data = handler.stream_head(chunks.opening() + data)
+            elif data:
+                data = handler.framed(data)
+            else:
+                return True
+            sent = handler.write_now(data)
+            if sent < len(data):
+                self.unsent = data[sent:]
+                self.job.wake()
             return True
 
         return pass_on

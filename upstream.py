@@ -1,7 +1,7 @@
 """An engine that is another server: vLLM, TensorRT-LLM, or anything that speaks the OpenAI API.
 
 Upstream has the face of engine.Engine, so that everything above it is the same; it lives in the server process, since
-there is no native library to keep away. One thread per running job reads the upstream's events and never waits for the
+there is no native library to keep away. A job's thread asks, and one thread for all reads what comes and never waits for a
 client; closing the connection is how a job is cancelled, there as here. Nothing is sent again once a byte has come back.
 """
 
@@ -13,7 +13,9 @@ import http.client
 import itertools
 import json
 import re
+import selectors
 import socket
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -39,6 +41,7 @@ from engine import (
 
 POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,12}")
 REFUSALS = (400, 413, 422)  # an upstream's words for: not with this request
 
 
@@ -116,6 +119,7 @@ class Upstream(Jobs):
         self.base = url.path.rstrip("/").removesuffix("/v1") + "/v1"
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {spec.key}"} if spec.key else {})
         self.slots = Slots(spec.slots)
+        self.reader = Reader()
         self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)  # under the lock
         self.gone = threading.Event()
         self.why = ""  # it is not there yet
@@ -229,40 +233,38 @@ class Upstream(Jobs):
         return connection
 
     def run(self, job: UpstreamJob, path: str, data: bytes, sampling: Sampling) -> None:
+        """Ask; the body of a good reply is then the reader's."""
         try:
             if not self.slots.enter(job):
-                return
+                return self.end(job)
             job.put(Started(0, 0, time.monotonic()))  # the clock runs; what the prompt counted is told at the end
+            connection, reply = self.send(job, path, data)
             try:
-                self.forward(job, path, data, sampling)
-            finally:
-                self.slots.leave(job)
-        except (Refused, EngineFailed) as error:
+                if reply.status != 200:
+                    raise failure(reply.status, reply.headers.get("Retry-After"), reply.read(1 << 20))
+                self.reader.add(Reply(connection, reply, Answer(job, sampling), self.end))
+            except BaseException:
+                connection.close()
+                raise
+        except Exception as error:
+            self.end(job, error)
+
+    def end(self, job: UpstreamJob, error: Exception | None = None, kept: http.client.HTTPConnection | None = None) -> None:
+        """Of a job, once, whatever it ends by. `kept`: a connection that can be used again."""
+        if job.running:
+            self.slots.leave(job)
+        if isinstance(error, (Refused, EngineFailed)):
             job.put(error)
-        except ConnectionRefusedError:
+        elif isinstance(error, ConnectionRefusedError):
             job.put(UpstreamFailed(f"{self.spec.path} is not there", 503))
-        except Exception as error:  # resets, half lines, no JSON, a shape that nobody knows
+        elif error:  # resets, half lines, no JSON, a shape that nobody knows
             if not job.dropped:
                 log.info("upstream: %s: %s", type(error).__name__, error)
             job.put(UpstreamFailed(f"{self.spec.path} broke off: {str(error)[:200] or type(error).__name__}"))
-        finally:
-            with self.lock:
-                self.jobs.pop(job.number, None)
-
-    def forward(self, job: UpstreamJob, path: str, data: bytes, sampling: Sampling) -> None:
-        connection, reply = self.send(job, path, data)
-        try:
-            if reply.status != 200:
-                raise failure(reply.status, reply.headers.get("Retry-After"), reply.read(1 << 20))
-            Answer(job, sampling).read(events(reply))
-            if reply.isclosed() and not reply.will_close:
-                with self.lock:
-                    self.idle.append(connection)
-                return
-        except BaseException:
-            connection.close()
-            raise
-        connection.close()
+        with self.lock:
+            self.jobs.pop(job.number, None)
+            if kept:
+                self.idle.append(kept)
 
     def send(self, job: UpstreamJob, path: str, data: bytes) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """A kept connection may have been closed meanwhile: then, and only then, a new one is tried."""
@@ -323,26 +325,183 @@ def for_vllm(s: Sampling) -> dict[str, Any]:
     return fields
 
 
-def events(reply: http.client.HTTPResponse) -> Iterator[Any]:
-    """The JSON of server-sent events as they come, up to [DONE]. Raises UpstreamFailed, ValueError."""
-    rest = b""
-    while data := reply.read1(1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
+class Chunked:
+    """A chunked body (RFC 9112, section 7.1) as a push parser: bytes in as they come, the body's out. Trailers are read over."""
+
+    def __init__(self) -> None:
+        self.held = b""
+        self.left = 0  # bytes of a chunk and its line end that are still to come
+        self.last = self.ended = False  # the last chunk has begun; the body has ended
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises ValueError."""
+        self.held, out = self.held + data, b""
+        while self.held and not self.ended:
+            if self.left:
+                piece, self.held = self.held[: self.left], self.held[self.left :]
+                out += piece[: max(0, self.left - 2)]
+                self.left -= len(piece)
+                continue
+            line, found, rest = self.held.partition(b"\r\n")
+            if len(line) > 1024:
+                raise ValueError("a line of its chunked body has no end")
+            if not found:
+                break
+            self.held = rest
+            if self.last:
+                self.ended = not line
+                continue
+            digits = line.partition(b";")[0].strip()
+            if not CHUNK_SIZE.fullmatch(digits):
+                raise ValueError("its chunked body is malformed")
+            size = int(digits, 16)
+            self.last, self.left = size == 0, size + 2 if size else 0
+        return out
+
+
+class Whole:
+    """A body of `length` bytes; None: up to the end of the connection."""
+
+    def __init__(self, length: int | None):
+        self.left = length
+
+    @property
+    def ended(self) -> bool:
+        return self.left == 0
+
+    def feed(self, data: bytes) -> bytes:
+        if self.left is not None:
+            data = data[: self.left]
+            self.left -= len(data)
+        return data
+
+
+class Events:
+    """Server-sent events as a push parser: bytes in as they come, their JSON out, up to [DONE]."""
+
+    def __init__(self) -> None:
+        self.rest, self.done = b"", False
+
+    def feed(self, data: bytes) -> list[Any]:
+        """Raises UpstreamFailed, Refused, ValueError."""
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        out = []
         for line in lines:
-            if not line.startswith(b"data:"):
+            if not line.startswith(b"data:") or self.done:
                 continue  # comments, empty lines, names of events
             text = line[5:].strip()
             if text == b"[DONE]":
-                reply.read()  # the end of the chunked body, so that the connection can be kept
-                return
+                self.done = True
+                continue
             event = json.loads(text)
             if "error" in event:
                 error = event["error"] if isinstance(event["error"], dict) else {"message": event["error"]}
                 if error.get("code") in REFUSALS:  # vLLM: HTTP 200, and then what would have been a 400
                     raise failure(error["code"], None, text)
                 raise UpstreamFailed(str(error.get("message"))[:300])
-            yield event
-    raise UpstreamFailed("it ended without [DONE]")
+            out.append(event)
+        return out
+
+
+class Reply:
+    """A reply of 200 on its way in: bytes to events to deltas, as they come."""
+
+    def __init__(self, connection: http.client.HTTPConnection, reply: Any, answer: Answer, end: Callable[..., None]):
+        self.connection, self.reply, self.answer = connection, reply, answer
+        self.end = end  # called with the job, what went wrong, and the connection if it can be used again
+        assert answer.job.socket
+        self.socket = answer.job.socket  # http.client forgets it where the connection is to be closed
+        self.body = Chunked() if reply.chunked else Whole(reply.length)
+        self.events = Events()
+        self.error: Exception | None = None
+
+    def begin(self) -> bool:
+        """Take what came with the head. False: there is no more to come."""
+        self.socket.setblocking(False)
+        return self.take(lambda: self.reply.fp.read1(1 << 16) or None) and (not self.pending() or self.receive())
+
+    def receive(self) -> bool:
+        """Take what has come. False: there is no more to come."""
+        while self.take(lambda: self.socket.recv(1 << 16)):
+            if not self.pending():
+                return True
+        return False
+
+    def pending(self) -> bool:
+        """Has TLS something left, of which a selector knows nothing?"""
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+
+    def take(self, read: Callable[[], bytes | None]) -> bool:
+        """`read` returns None where nothing has come, and nothing at the end of the connection."""
+        try:
+            try:
+                data = read()
+            except (BlockingIOError, ssl.SSLWantReadError):
+                data = None
+            if data is None:
+                return not self.body.ended
+            for event in self.events.feed(self.body.feed(data)):
+                self.answer.take(event)
+            return bool(data) and not self.body.ended
+        except Exception as error:
+            self.error = error
+            return False
+
+    def finish(self) -> None:
+        again = self.error is None and self.body.ended and not self.reply.will_close
+        try:
+            if self.error is None:
+                if not self.events.done:
+                    raise UpstreamFailed("it ended without [DONE]")
+                self.answer.end()
+        except Exception as error:
+            self.error = error
+        self.reply.close()
+        if not again:
+            self.connection.close()
+        self.end(self.answer.job, self.error, self.connection if again else None)
+
+
+class Reader:
+    """Reads all replies of an upstream, in one thread while there are any: one for each would have to be woken for each token."""
+
+    def __init__(self) -> None:
+        self.lock, self.running = threading.Lock(), False
+        self.new: deque[Reply] = deque()
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.ringer = socket.socketpair()
+        for sock in (self.bell, self.ringer):
+            sock.setblocking(False)
+        self.selector.register(self.bell, selectors.EVENT_READ)
+
+    def add(self, reply: Reply) -> None:
+        with self.lock:
+            self.new.append(reply)
+            if not self.running:
+                threading.Thread(target=self.run, name="upstream-reader", daemon=True).start()
+                self.running = True
+        with contextlib.suppress(BlockingIOError):  # it rings already
+            self.ringer.send(b"!")
+
+    def run(self) -> None:
+        while self.busy():
+            for key, _ in self.selector.select():
+                if key.data is None:
+                    self.bell.recv(4096)
+                elif not key.data.receive():
+                    self.selector.unregister(key.fileobj)
+                    key.data.finish()
+            while self.new:
+                reply = self.new.popleft()
+                if reply.begin():
+                    self.selector.register(reply.socket, selectors.EVENT_READ, reply)
+                else:
+                    reply.finish()
+
+    def busy(self) -> bool:
+        with self.lock:
+            self.running = bool(self.new) or len(self.selector.get_map()) > 1
+            return self.running
 
 
 class Answer:
@@ -351,16 +510,18 @@ class Answer:
     def __init__(self, job: UpstreamJob, sampling: Sampling):
         self.job, self.sampling = job, sampling
         self.finish: dict[int, str] = {}
+        self.usage: dict[str, Any] = {}
         self.pieces = 0
 
-    def read(self, chunks: Iterator[Any]) -> None:
-        usage: dict[str, Any] = {}
-        for chunk in chunks:
-            for choice in chunk.get("choices") or ():
-                self.choice(choice)
-            usage = chunk.get("usage") or usage
+    def take(self, chunk: dict[str, Any]) -> None:
+        for choice in chunk.get("choices") or ():
+            self.choice(choice)
+        self.usage = chunk.get("usage") or self.usage
+
+    def end(self) -> None:
         if len(self.finish) < self.job.open:
             raise UpstreamFailed("it ended before the answer had")
+        usage = self.usage
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         now = time.monotonic()
         self.job.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))

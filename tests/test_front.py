@@ -259,7 +259,7 @@ def test_what_has_come_comes_first():
 def test_what_a_socket_does_not_take_wakes_the_handler():
     job, took = Job(None, 0, 1, ""), []
     completion = Completion("id", "m", "fp", [Choice()], CHAT_SHAPE)
-    handler = SimpleNamespace(framed=bytes, write_now=lambda data: took.append(data) or 3)
+    handler = SimpleNamespace(streaming=True, framed=bytes, write_now=lambda data: took.append(data) or 3)
     generation = Generation(handler, job, completion, told=False)
     sink = generation.passing_on(Chunks(completion, False))
     assert sink(letter("a"))

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from test_cli import Command, one_line, run
 
 from backends import missing_library
 from engine import Prompt, Refused, Sampling
+from upstream import Chunked, Events, Whole
 
 LIST = {"object": "list", "data": [{"id": "far/model", "object": "model", "max_model_len": 500}]}
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -435,3 +438,101 @@ def test_an_upstream_with_several_models(far):
         far.listing = json.dumps({"data": [{"id": "base"}, {"id": "new"}, {"id": "third"}]}).encode()
         until(lambda: [card["id"] for card in served.request("GET", "/v1/models")[1]["data"]] == ["base", "new", "third"])
         assert served.chat("Hi", model="new")[0] == 200 and far.bodies[-1]["model"] == "new"
+
+
+# ── what is read as it comes ──
+
+
+def pieces_of(data, size):
+    return [data[i : i + size] for i in range(0, len(data), size)]
+
+
+def test_a_chunked_body_however_it_is_cut():
+    body = b"5;ext=1\r\nhello\r\n1\r\n\n\r\nA\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+    for size in range(1, len(body) + 1):
+        parser = Chunked()
+        out = b"".join(map(parser.feed, pieces_of(body, size)))
+        assert (out, parser.ended, parser.held) == (b"hello\n0123456789", True, b"")
+        parser = Chunked()
+        assert b"".join(map(parser.feed, pieces_of(body[:-1], size))) == b"hello\n0123456789"
+        assert not parser.ended
+    for bad in (b"x\r\n", b"\r\n", b"-1\r\n", b"1_0\r\n", b"1" * 2000):
+        with pytest.raises(ValueError):
+            Chunked().feed(bad)
+
+
+def test_a_body_of_a_length_however_it_is_cut():
+    for size in range(1, 12):
+        parser = Whole(7)
+        assert b"".join(map(parser.feed, pieces_of(b"1234567more", size))) == b"1234567"
+        assert parser.ended
+    assert not Whole(None).ended
+
+
+def test_events_however_they_are_cut():
+    told = [{"a": "é"}, {"b": 2}]
+    data = ': note\nevent: x\ndata: {"a":"é"}\r\n\r\ndata:{"b":2}\n\ndata: [DONE]\n\nnoise\n'.encode()
+    for size in range(1, len(data) + 1):
+        parser, seen = Events(), []
+        for piece_ in pieces_of(data, size):
+            seen += parser.feed(piece_)
+        assert (seen, parser.done) == (told, True)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_an_answer_however_it_arrives(front, far, size):
+    far.script = far.answer(*pieces_of(ANSWER, size), pause=0.0005)
+    for _ in range(2):
+        assert front.chat("Hello")[1]["choices"][0]["message"]["content"] == "Hi there"
+    assert far.connections == 1
+
+
+def test_many_at_once_and_one_that_breaks_off(far):
+    def script(connection, body):
+        text = body["messages"][0]["content"]
+        connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        for i in range(40):
+            connection.sendall(piece(f"{text}-{i} "))
+            if text == "3" and i == 20:
+                return False
+            time.sleep(0.001)
+        connection.sendall(piece("", "stop") + DONE)
+        return True
+
+    far.script = script
+    results = {}
+    with serve_upstream(far.url, slots=16, max_jobs=16) as front:
+        threads = [threading.Thread(target=lambda i=i: results.update({i: front.chat(str(i))})) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, (status, reply_, _) in results.items():
+            if i == 3:
+                assert status == 502
+            else:
+                assert reply_["choices"][0]["message"]["content"] == "".join(f"{i}-{k} " for k in range(40))
+        until(lambda: not any(thread.name == "upstream-reader" for thread in threading.enumerate()))
+        assert front.chat("again")[0] == 200
+
+
+@pytest.mark.parametrize("count", [130, 3000])
+def test_an_upstream_behind_tls(far, tmp_path, monkeypatch, count):
+    """One record holds more than is read of it at once; of many, some are read in a second turn."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl command")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*make.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    words = [f"w{i} " for i in range(count)]
+    chunks = b"".join(map(piece, words)) + piece("", "stop") + DONE
+    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+    plain = far.talk
+    far.talk = lambda connection: plain(context.wrap_socket(connection, server_side=True))
+    with serve_upstream(far.url.replace("http://127.0.0.1", "https://localhost")) as front:
+        for _ in range(2):
+            assert front.chat("Hello")[1]["choices"][0]["message"]["content"] == "".join(words)
+        assert far.connections == 1
