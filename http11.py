@@ -229,7 +229,7 @@ class Headers:
 
 
 class Reader:
-    """A socket's bytes by lines and by counts. `until`: the deadline of whatever is being read. Raises TimeoutError, PeerGone."""
+    """A socket's bytes by lines, by counts, by heads. `until`: the deadline of what is being read. Raises TimeoutError, PeerGone."""
 
     def __init__(self, sock: Any):
         self.socket, self.held, self.until = sock, bytearray(), 0.0
@@ -268,6 +268,51 @@ class Reader:
         if not data:
             raise PeerGone
         return data
+
+    def wait(self, patience: float) -> bool:
+        """For the first byte of a request. False: none came, or the client has left."""
+        if self.held:
+            return True
+        self.until = time.monotonic() + patience
+        try:
+            return self.more()
+        except TimeoutError:
+            return False
+
+    def head(self) -> tuple[str, str, str, Headers]:
+        """(method, target, HTTP/1.0 or HTTP/1.1, headers). Raises HttpError."""
+        left = LINE_MAX
+        while (line := self.line(left)) == b"\r\n":  # RFC 9112, section 2.2: before a request it means nothing
+            left -= 2
+        if line is None:
+            raise HttpError(414, "The request line is too long.", close=True)
+        if not (found := REQUEST_LINE.fullmatch(line)):
+            raise HttpError(
+                400, "The request line is malformed: METHOD, target and HTTP/1.1, with CR LF at its end.", close=True
+            )
+        if found[4] != b"1":
+            raise HttpError(505, "This server speaks HTTP/1.1 and HTTP/1.0.", close=True)
+        version = "HTTP/1.0" if found[3] == b"HTTP/1.0" else "HTTP/1.1"  # of 1.2 we know what 1.1 has
+        return found[1].decode(), found[2].decode("latin-1"), version, self.fields()
+
+    def fields(self) -> Headers:
+        """Header lines up to the empty one. Raises HttpError."""
+        headers, left = Headers(), LINE_MAX
+        for _ in range(FIELDS_MAX + 1):
+            line = self.line(left)
+            if line is None:
+                break
+            if line == b"\r\n":
+                return headers
+            if not (found := FIELD_LINE.fullmatch(line)):
+                raise HttpError(
+                    400,
+                    "A header line is malformed: Name: value, without control characters, with CR LF at its end.",
+                    close=True,
+                )
+            headers.add(found[1].decode(), found[2].strip(b" \t").decode("latin-1"))
+            left -= len(line)
+        raise HttpError(431, f"The header is larger than {LINE_MAX} bytes or {FIELDS_MAX} lines.", close=True)
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -380,53 +425,16 @@ class Connection(socketserver.BaseRequestHandler):
     # ── reading ──
 
     def read_head(self) -> bool:
-        """The request line and the headers. False: no request comes any more. Raises HttpError, and TimeoutError inside of one."""
-        reader, limits = self.reader, self.server.limits
-        if not reader.held:
-            reader.until = time.monotonic() + limits.idle_s
-            try:
-                if not reader.more():
-                    return False
-            except TimeoutError:
-                return False
+        """Wait for a request, and read its line and headers. False: none comes. Raises HttpError, and TimeoutError inside of one."""
+        limits = self.server.limits
+        if not self.reader.wait(limits.idle_s):
+            return False
         self.started = time.monotonic()
-        reader.until = self.started + limits.header_s
-        left = LINE_MAX
-        while (line := reader.line(left)) == b"\r\n":  # RFC 9112, section 2.2: before a request it means nothing
-            left -= 2
-        if line is None:
-            raise HttpError(414, "The request line is too long.", close=True)
-        if not (found := REQUEST_LINE.fullmatch(line)):
-            raise HttpError(
-                400, "The request line is malformed: METHOD, target and HTTP/1.1, with CR LF at its end.", close=True
-            )
-        if found[4] != b"1":
-            raise HttpError(505, "This server speaks HTTP/1.1 and HTTP/1.0.", close=True)
-        self.request_version = "HTTP/1.0" if found[3] == b"HTTP/1.0" else "HTTP/1.1"  # of 1.2 we know what 1.1 has
-        self.command, self.path = found[1].decode(), found[2].decode("latin-1")
-        self.read_fields()
+        self.reader.until = self.started + limits.header_s
+        self.command, self.path, self.request_version, self.headers = self.reader.head()
         wish = self.headers.words("Connection")
         self.close_connection = "close" in wish or (self.request_version == "HTTP/1.0" and "keep-alive" not in wish)
         return True
-
-    def read_fields(self) -> None:
-        """Header lines up to the empty one."""
-        left = LINE_MAX
-        for _ in range(FIELDS_MAX + 1):
-            line = self.reader.line(left)
-            if line is None:
-                break
-            if line == b"\r\n":
-                return
-            if not (found := FIELD_LINE.fullmatch(line)):
-                raise HttpError(
-                    400,
-                    "A header line is malformed: Name: value, without control characters, with CR LF at its end.",
-                    close=True,
-                )
-            self.headers.add(found[1].decode(), found[2].strip(b" \t").decode("latin-1"))
-            left -= len(line)
-        raise HttpError(431, f"The header is larger than {LINE_MAX} bytes or {FIELDS_MAX} lines.", close=True)
 
     def framing(self) -> int | None:
         """How long the request's body is, None: chunked. Whatever makes that unclear ends the connection."""
@@ -510,13 +518,7 @@ class Connection(socketserver.BaseRequestHandler):
             count += 1
             if count > CHUNKS_FREE + len(body) // CHUNK_LEAST:
                 raise HttpError(400, "The chunks of the body are too small.", close=True)
-        for _ in range(FIELDS_MAX):
-            line = self.reader.line(LINE_MAX)
-            if line == b"\r\n":
-                return
-            if line is None or not FIELD_LINE.fullmatch(line):
-                raise malformed
-        raise HttpError(431, "Too many trailers.", close=True)
+        self.reader.fields()  # trailers
 
     def skip_body(self) -> None:
         """Read over a body that the reply did not need. Raises TimeoutError: too slow to wait for."""
