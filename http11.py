@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
+from http.server import ThreadingHTTPServer
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -731,7 +732,7 @@ def tls_context(certfile: str, keyfile: str = "") -> ssl.SSLContext:
     return context
 
 
-class HttpServer(socketserver.ThreadingTCPServer):
+class HttpServer(ThreadingHTTPServer):
     """Accepts connections, a daemon thread each. `uds`: the path of a Unix socket to listen on, instead of the address."""
 
     daemon_threads = True
