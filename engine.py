@@ -762,7 +762,7 @@ class Job:
         self.engine, self.number, self.client = engine, number, client
         self.open = choices  # choices that have not finished; changed by the producer only
         self.running = False
-        self.events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()  # None: wake up
+        self.queue: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()  # None: wake up
         self.sink: Sink | None = None
         self.turn = threading.Lock()  # guards sink, and with it whose turn the stream is
 
@@ -776,7 +776,7 @@ class Job:
                 except Exception as error:  # a sink's fault is its own request's
                     event = error
                 self.sink = None
-            self.events.put(event)
+            self.queue.put(event)
 
     def take(self, timeout: float, sink: Sink | None = None) -> list[Event | Exception]:
         """All events that have come, waiting up to `timeout` seconds for the first.
@@ -785,20 +785,20 @@ class Job:
         """
         if sink is not None:
             with self.turn:
-                self.sink = sink if self.events.empty() else None
+                self.sink = sink if self.queue.empty() else None
         events = []
         with contextlib.suppress(queue.Empty):
-            events.append(self.events.get(timeout=timeout))
+            events.append(self.queue.get(timeout=timeout))
         if sink is not None:
             with self.turn:
                 self.sink = None
-        while not self.events.empty():  # nobody else takes
-            events.append(self.events.get_nowait())
+        while not self.queue.empty():  # nobody else takes
+            events.append(self.queue.get_nowait())
         return [event for event in events if event is not None]
 
     def wake(self) -> None:
         """Let take() return, maybe with nothing."""
-        self.events.put(None)
+        self.queue.put(None)
 
     def cancel(self) -> None:
         """Free the slot or the place in the queue. Harmless when the job has finished."""

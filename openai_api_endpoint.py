@@ -328,8 +328,8 @@ class Handler(Connection):
             constraint_of(values),
         )
         answer = Generation(self, job, completion, bool(told))
-        self.server.peers.add(self, job.wake)
         try:
+            self.server.peers.add(self, job.wake)
             if values.get("stream"):
                 answer.stream(values.get("stream_options", False))
             else:
@@ -558,6 +558,7 @@ class Generation:
             if self.unsent:
                 unsent, self.unsent = self.unsent, b""
                 self.handler.write(unsent)
+                self.clock = time.monotonic()  # what the client took to read is not the engine's
             for event in merge(events):
                 if isinstance(event, Exception):
                     raise event
@@ -569,7 +570,7 @@ class Generation:
                 else:
                     self.begin(event)
             if streaming and events:
-                self.clock = time.monotonic()  # what the client took to read is not the engine's
+                self.clock = time.monotonic()
 
     def debug(self) -> dict[str, Any]:
         """What the model was given, for `return_prompt` and --record: enough to run the request again."""

@@ -507,9 +507,10 @@ class Reply:
                 self.answer.end()
         except Exception as error:
             self.error = error
-        self.reply.close()
-        if not again:
-            self.connection.close()
+        with contextlib.suppress(OSError):
+            self.reply.close()
+            if not again:
+                self.connection.close()
         self.end(self.answer.job, self.error, self.connection if again else None)
 
 
@@ -527,10 +528,10 @@ class Reader:
 
     def add(self, reply: Reply) -> None:
         with self.lock:
-            self.new.append(reply)
             if not self.running:
                 threading.Thread(target=self.run, name="upstream-reader", daemon=True).start()
                 self.running = True
+            self.new.append(reply)
         with contextlib.suppress(BlockingIOError):  # it rings already
             self.ringer.send(b"!")
 
@@ -543,11 +544,16 @@ class Reader:
                     self.selector.unregister(key.fileobj)
                     key.data.finish()
             while self.new:
-                reply = self.new.popleft()
-                if reply.begin():
-                    self.selector.register(reply.socket, selectors.EVENT_READ, reply)
-                else:
-                    reply.finish()
+                self.begin(self.new.popleft())
+
+    def begin(self, reply: Reply) -> None:
+        try:
+            if reply.begin():
+                self.selector.register(reply.socket, selectors.EVENT_READ, reply)
+                return
+        except (OSError, ValueError) as error:  # no room for another
+            reply.error = error
+        reply.finish()
 
     def busy(self) -> bool:
         with self.lock:
