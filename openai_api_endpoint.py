@@ -887,15 +887,16 @@ def banner(server: Server, engine: AnyEngine) -> str:
 def listening(server: Server) -> str:
     host, port, scheme = str(server.server_address[0]), server.server_port, "https" if server.tls else "http"
     url = f"{scheme}://{'localhost' if host in ('0.0.0.0', '::', '127.0.0.1') else host}:{port}"
-    curl = f"curl {url}"
+    where, curl = url, f"curl {url}"
     if server.uds:
-        url, curl = server.uds, f"curl --unix-socket {server.uds} {scheme}://localhost"
+        url, where = f"{scheme}://localhost", server.uds
+        curl = f"curl --unix-socket {where} {url}"
     stream = ',"stream":false' if server.profile.stream else ""
     names = list(server.models.catalog.models().values())
     asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
     model = f'"model":"{server.models.catalog.public(names[0])}",' if asked else ""
     return f"""\
-  listening on {url}  (OpenAI base_url: {url}/v1)
+  listening on {where}  (OpenAI base_url: {url}/v1)
 
   {curl}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
