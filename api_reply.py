@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from api_errors import ApiError
 from api_request import Constraint
 from engine import Delta, Details, Event, Started, TokenLogprob, log
+from metrics import Tally
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every call
 
@@ -34,6 +35,7 @@ class Choice:
         self.logprobs: list[TokenLogprob] = []
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for text_offset: characters may span tokens
         self.offset = 0  # characters of the tokens so far
+        self.last_at = 0.0  # its last delta's, where gaps are counted
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class Completion:
     first_at: float = 0.0
     last_at: float = 0.0
     details: list[Details] = field(default_factory=list)
+    gaps: Tally | None = None  # the times between tokens, where they are wanted
 
     def start(self, event: Started) -> None:
         self.started_at = self.started_at or event.at
@@ -68,6 +71,10 @@ class Completion:
         self.tokens += delta.tokens
         self.first_at, self.last_at = self.first_at or delta.at, delta.at
         choice.text.append(delta.text)
+        if self.gaps and delta.tokens:
+            if choice.last_at:
+                self.gaps.observe((delta.at - choice.last_at) / delta.tokens, delta.tokens)
+            choice.last_at = delta.at
         if delta.finish in ("stop", "cut"):
             text, cut = "".join(choice.text), delta.finish == "cut"
             wrong = self.constraint.fault(text, cut) if self.constraint else None
@@ -76,6 +83,10 @@ class Completion:
             delta = delta._replace(finish="length" if wrong else "stop")
         choice.finish = delta.finish
         return delta
+
+    def finishes(self) -> Iterable[str]:
+        """How each choice ended, for the counters."""
+        return [choice.finish or "aborted" for choice in self.choices]
 
     def usage(self) -> dict[str, Any]:
         return {

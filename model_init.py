@@ -533,6 +533,7 @@ class Life:
         self.was_ready = False  # since it was last unloaded: an engine that dies is then replaced
         self.comes_back = False  # it is loaded because another could not be
         self.pause, self.born, self.restart_at = 0.0, 0.0, 0.0
+        self.restarts = 0  # how often an engine of it has died and been replaced
 
     def move(self, state: str) -> None:
         if state not in MOVES[self.state]:
@@ -579,7 +580,7 @@ class Models:
         self.last_error = ""  # why the last load or engine failed, until one succeeds
         self.closing = False
         self.on_ready: Callable[[AnyEngine], None] = lambda engine: None
-        self.on_progress: Callable[[float], None] = lambda fraction: None
+        self.on_progress: Callable[[Life], None] = lambda life: None
         self.on_fatal: Callable[[str], None] = lambda reason: None  # the only model cannot be loaded: there is nothing to serve
 
     # ── what requests ask for ──
@@ -831,7 +832,7 @@ class Models:
         if engine.dead is not None:
             self.engine_died(life, engine)
         elif engine.info is None:
-            self.on_progress(engine.progress)
+            self.on_progress(life)
         else:
             with self.changed:
                 if life.engine is engine and life.state == "loaded":  # an upstream serves other models than before
@@ -877,6 +878,7 @@ class Models:
         # A request waits for an engine that comes back at once; otherwise it is told.
         life.move("loading" if engine.info and pause <= 2 and not leaves else "failed")
         life.restart_at = 0.0 if leaves else now + pause
+        life.restarts += not leaves
         life.was_ready = not leaves  # should it come back, that is a load like any other
         log.error("%s%s", reason, "" if leaves else f"; starting it again{f' in {pause:.0f} s' if pause else ''}")
         self.changed.notify_all()

@@ -73,9 +73,12 @@ from api_request import (
 )
 from backends import WITH_EMBEDDINGS
 from catalog import Model, UsageError
-from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
+from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log, weight_files
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
-from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
+from metrics import CONTENT_TYPE, Metrics, Tally
+from model_init import AnyEngine, Conflict, Life, Models, Profile, StillLoading, UnknownModel
+from page import Page, read_page, wants_page
+from progress import Progress
 
 VERSION = "0.2.0"
 
@@ -93,6 +96,7 @@ class Handler(Connection):
     """The requests of one connection: each finds its route, and the route's method answers it."""
 
     server: Server
+    matched = ""  # the route, once it is found
 
     def answer(self) -> None:
         """Page, route, method and key are looked at before a byte of the body is read."""
@@ -109,6 +113,7 @@ class Handler(Connection):
         if action is None:
             allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
             raise ApiError(405, f"{self.command[:50]} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
+        self.matched = "/models/{id}" if argument else path
         if self.server.draining:
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         peer = str(self.client_address[0])
@@ -132,6 +137,8 @@ class Handler(Connection):
         if isinstance(error, Refused) and told.param == "prompt":  # the engine's word for it, on every route
             told.param = PROMPT_FIELDS.get(self.path.partition("?")[0].rstrip("/").removeprefix("/v1"), "prompt")
         self.log_note += f" {told.message[:300]}"
+        if self.server.metrics and 400 <= told.status < 500:
+            self.server.metrics.count("refused_total", told.code or "invalid_request")
         if self.streaming:
             return self.end_stream(sse(told.body()) + DONE)
         self.close_connection |= told.close
@@ -141,9 +148,11 @@ class Handler(Connection):
 
     def clear(self) -> None:
         super().clear()
-        self.identity = ""
+        self.identity = self.matched = ""
 
     def note(self) -> None:
+        if self.server.metrics:
+            self.server.metrics.answered(self.command, self.matched, self.status)
         if self.command == "GET" and self.status < 400:
             return
         told = {
@@ -168,13 +177,16 @@ class Handler(Connection):
     # ── GET routes ──
 
     def get_root(self) -> None:
+        page = self.server.page
+        if page and wants_page(self.headers.get("Accept", "")):
+            return self.reply_bytes(200, page.body, page.kind, page.headers)
         models = self.server.models
         current = models.current()
         self.reply(200, {
             "service": "openai_api_endpoint", "version": VERSION, "status": models.status(),
             "model": current and models.catalog.public(current.model), "engine": current and models.backend(current.model),
-            "routes": list(ROUTES),
-        })  # fmt: skip
+            "admin": self.server.access.admin is not None, "routes": list(ROUTES),
+        }, [("Vary", "Accept")])  # fmt: skip
 
     def get_health(self) -> None:
         if not self.server.models.ready:
@@ -234,6 +246,12 @@ class Handler(Connection):
         refuse_lacking("tokenizer_info", "inside", models.backend(model))
         info = models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
         self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
+
+    def get_metrics(self) -> None:
+        metrics = self.server.metrics
+        if metrics is None:
+            raise ApiError(404, "There are no metrics: start the server with --metrics.", code="metrics_off")
+        self.reply_bytes(200, metrics.render(self.server.models), CONTENT_TYPE)
 
     # ── POST routes that generate ──
 
@@ -328,6 +346,9 @@ class Handler(Connection):
             constraint_of(values),
         )
         answer = Generation(self, job, completion, bool(told))
+        if metrics := self.server.metrics:
+            completion.gaps = Tally("inter_token_latency_seconds")
+            metrics.begin(self.model.id, completion)
         try:
             self.server.peers.add(self, job.wake)
             if values.get("stream"):
@@ -339,6 +360,8 @@ class Handler(Connection):
             self.server.peers.discard(self)
             job.cancel()
             self.log_note = answer.describe()
+            if metrics:
+                metrics.end(completion, completion.gaps, **answer.seconds())
 
     # ── POST routes that ask the engine without generating ──
 
@@ -464,6 +487,7 @@ class Generation:
     def __init__(self, handler: Handler, job: Job, completion: Completion, told: bool):
         self.handler, self.job, self.completion = handler, job, completion
         self.told = told  # what the model was given, as well
+        self.begun = time.monotonic()  # when the engine's queue took it
         self.first_delta = 0.0  # when it came, by this process's clock
         self.clock = 0.0  # since when the engine owes us something; 0: it has not taken the job
         self.sink: Sink = self.begin
@@ -580,6 +604,12 @@ class Generation:
         prompts = [asdict(details) for details in self.completion.details]
         return {"debug": {"prompts": prompts, "engine": engine, "fingerprint": info.fingerprint}}
 
+    def seconds(self) -> dict[str, float]:
+        """How long it waited in the engine's queue, for its first token, and for its end; 0: it did not come to that."""
+        began, now = self.handler.started, time.monotonic()
+        queued = max(0.0, self.completion.started_at - self.begun) if self.completion.started_at else 0.0
+        return {"queued": queued, "first": max(0.0, self.first_delta - began), "whole": now - began}
+
     def describe(self) -> str:
         """The rest of the log line: what was asked of the engine, and how fast it was."""
         now, first, completion = time.monotonic(), self.first_delta, self.completion
@@ -604,6 +634,7 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/models/{id}": {"GET": Handler.get_model},
     "/capabilities": {"GET": Handler.get_capabilities},
     "/tokenizer_info": {"GET": Handler.get_tokenizer_info},
+    "/metrics": {"GET": Handler.get_metrics},
     "/models/load": {"POST": Handler.post_load},
     "/models/unload": {"POST": Handler.post_unload},
     "/chat/completions": {"POST": Handler.post_chat_completions},
@@ -642,8 +673,12 @@ class Server(HttpServer):
         limits: HttpLimits | None = None,
         tls: ssl.SSLContext | None = None,
         uds: str = "",
+        page: Page | None = None,
+        metrics: Metrics | None = None,
     ):
         self.profile = profile or Profile()
+        self.page = page  # for browsers at /
+        self.metrics = metrics  # None: nothing is counted
         self.access = access or Access(
             Keys([api_key] if api_key else []), None if admin is None else Keys([admin] if admin else [])
         )
@@ -767,6 +802,8 @@ def make_parser() -> Parser:
     add("-H", "--host", help="address to listen on; 0.0.0.0: all; default: the profile's (localhost)")
     add("-p", "--port", type=model_init.whole(0, 65535), help="port, 0: any free one; default: the profile's (8000)")
     add("--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them")
+    add("--metrics", action="store_true", help="count, and tell Prometheus at /metrics")
+    add("--no-page", action="store_true", help="no page for browsers at /: JSON for everyone")
     add("--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py")
     add("--grace", type=model_init.seconds, default=10.0, metavar="S",
         help="seconds that running answers get when the server is stopped (default 10)")  # fmt: skip
@@ -896,7 +933,7 @@ def listening(server: Server) -> str:
     asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
     model = f'"model":"{server.models.catalog.public(names[0])}",' if asked else ""
     return f"""\
-  listening on {where}  (OpenAI base_url: {url}/v1)
+  listening on {where}  ({"a chat, in a browser; " if server.page else ""}OpenAI base_url: {url}/v1)
 
   {curl}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
@@ -908,6 +945,7 @@ class Service:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.exit_code, self.greeted, self.stopping = args, 0, False, False
+        self.loads: dict[AnyEngine, Progress] = {}  # engines that are being loaded
         self.models = model_init.init(args)
         profile = model_init.profile_of(args)
         try:
@@ -922,6 +960,8 @@ class Service:
                 limits=limits_of(args),
                 tls=tls_of(args),
                 uds=args.uds,
+                page=None if args.no_page else read_page(),
+                metrics=Metrics() if args.metrics else None,
             )
         except OSError as error:
             where = args.uds or f"{profile.host}:{profile.port}"
@@ -956,13 +996,22 @@ class Service:
         self.greeted = True
 
     def ready(self, engine: AnyEngine) -> None:
+        if shown := self.loads.pop(engine, None):
+            shown.close()
         if not self.greeted:
             self.greeted = True
             print(banner(self.server, engine), flush=True)
 
-    def progress(self, fraction: float) -> None:
-        if sys.stderr.isatty():
-            print(f"\rloading {fraction:4.0%}", end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
+    def progress(self, life: Life) -> None:
+        """From an engine's reader thread."""
+        engine = life.engine
+        if engine is None:
+            return
+        if engine not in self.loads:
+            self.loads = {other: shown for other, shown in self.loads.items() if other.dead is None}
+            size = sum(map(os.path.getsize, weight_files(engine.spec.path))) if life.model.kind != "upstream" else 0
+            self.loads[engine] = Progress(f"loading {life.model.id}", size, lambda: not engine.ready and engine.dead is None)
+        self.loads[engine].show(engine.progress)
 
     def fatal(self, reason: str) -> None:
         print(f"openai_api_endpoint.py: {reason}", file=sys.stderr, flush=True)
