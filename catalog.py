@@ -23,7 +23,7 @@ from pathlib import Path
 
 from backends import fits_exllamav3, missing_library
 from engine import log
-from model_files import cache_folder, is_inside, parse_json, read_gguf
+from model_files import TASKS, cache_folder, folder_task, gguf_task, is_inside, labels, parse_json, read_gguf
 from progress import Progress
 
 
@@ -49,6 +49,13 @@ LOADERS: dict[str, tuple[str, ...]] = {  # who can load it, best first
     "openvino": ("openvino",),
     "hf": ("exllamav3", "transformers"),
     "exl3": ("exllamav3",),
+}
+EMBEDDERS = {  # … of those that do not generate
+    ("gguf", "embed"): ("llamacpp",),
+    ("gguf", "rerank"): ("llamacpp",),
+    ("openvino", "embed"): ("openvino",),
+    ("hf", "embed"): ("transformers",),
+    ("hf", "rerank"): ("transformers",),
 }
 KINDS = {
     "gguf": "a GGUF file",
@@ -83,6 +90,7 @@ class Model:
     created: int  # the file's mtime, seconds since the epoch: stable, unlike the moment of asking
     architecture: str = ""
     broken: str = ""  # why it can never be loaded: it is listed as failed
+    task: str = "generate"  # a key of TASKS
     served_by: str = ""  # the id of the model whose engine it shares: an upstream may serve several
 
     @property
@@ -129,18 +137,25 @@ def models_in(path: Path, names: Collection[str], id: str, lenient: bool = False
     if not kind:
         return []
     if kind != "gguf":
-        if lacks := [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]:
+        try:
+            config, broken = parse_json(str(path), "config.json"), ""
+        except (OSError, ValueError) as error:
+            config, broken = {}, str(error) if kind == "hf" else ""
+        task = folder_task(str(path), config)
+        lacks = [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]
+        if task != "generate":  # no token becomes text
+            lacks = [name for name in lacks if "detokenizer" not in name]
+        if lacks:
             raise Incomplete(f"{KINDS[kind]} without {', '.join(lacks)}")
         weights = "openvino_model.bin" if kind == "openvino" else min(fnmatch.filter(names, "*.safetensors"))
-        try:
-            config = parse_json(str(path), "config.json") if kind == "hf" else {}
-            broken = ""
-        except (OSError, ValueError) as error:
-            config, broken = {}, str(error)
+        created = int((path / weights).stat().st_mtime)
         quantised, known = config.get("quantization_config"), config.get("architectures")
-        kind = "exl3" if isinstance(quantised, dict) and quantised.get("quant_method") == "exl3" else kind
-        architecture = str(known[0]) if isinstance(known, list) and known else ""
-        return [Model(id, path, kind, int((path / weights).stat().st_mtime), architecture, broken)]
+        if kind == "hf" and isinstance(quantised, dict) and quantised.get("quant_method") == "exl3":
+            kind, task = "exl3", "generate"
+        if task == "classify":
+            raise Incomplete(f"a classifier of {labels(config)} labels, which nothing here serves")
+        architecture = str(known[0]) if kind != "openvino" and isinstance(known, list) and known else ""
+        return [Model(id, path, kind, created, architecture, broken, task)]
     files = sorted(n for n in fnmatch.filter(names, "*.gguf") if not n.startswith("mmproj"))
     if lacks := missing_files("gguf", files):
         raise Incomplete(f"a GGUF model without {', '.join(lacks)}")
@@ -154,7 +169,7 @@ def gguf_model(path: Path, name: str) -> Model:
         meta = read_gguf(str(path))
     except (OSError, ValueError) as error:
         raise Incomplete(f"not a usable GGUF file: {error}") from None
-    return Model(name, path, "gguf", int(path.stat().st_mtime), meta.get("general.architecture", ""))
+    return Model(name, path, "gguf", int(path.stat().st_mtime), meta.get("general.architecture", ""), task=gguf_task(meta))
 
 
 def find_model(path: Path) -> Model:
@@ -383,8 +398,13 @@ def choose_backend(model: Model, asked: str) -> str:
         able = ("llamacpp",)
     if model.kind == "hf" and asked == "auto" and not fits_exllamav3(str(model.path), model.architecture):
         able = ("transformers",)
+    if model.task != "generate":
+        able = EMBEDDERS.get((model.kind, model.task), ())
+    if not able:
+        raise UsageError(f"no backend loads {KINDS[model.kind]} that {TASKS[model.task][0]}")
     if asked != "auto" and asked not in able:
         what = f"{KINDS[model.kind]} of architecture {model.architecture}" if model.architecture else KINDS[model.kind]
+        what += f" that {TASKS[model.task][0]}" if model.task != "generate" else ""
         raise UsageError(f"backend {asked} cannot load {what}; {' and '.join(able)} can")
     able = able if asked == "auto" else (asked,)
     missing = [missing_library(name) for name in able]

@@ -152,7 +152,7 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
         metavar="TOKENS",
         help="most tokens of one request; default: what model and cache allow",
     )
-    add("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp, transformers)")
+    add("--embeddings", action="store_true", help="also embed with a model that generates (llamacpp, transformers)")
     add("--no-model-cache", action="store_true",
         help="convert a GGUF file at each start, instead of keeping what it became in the cache folder (openvino)")  # fmt: skip
     add("-dm", "--draft-model-dir", metavar="PATH",
@@ -337,7 +337,7 @@ def init(args: argparse.Namespace) -> Models:
         return EngineSpec(
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
-            draft_tokens=args.num_draft_tokens or 0, options=tuple(args.exllamav3),
+            draft_tokens=args.num_draft_tokens or 0, options=tuple(args.exllamav3), task=model.task,
             flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 

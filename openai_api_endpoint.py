@@ -46,9 +46,11 @@ from api_reply import (
     Completion,
     Shape,
     compact,
-    embedding,
+    embeddings,
     merge,
+    pair_scores,
     piece_json,
+    ranking,
     sse,
 )
 from api_request import (
@@ -58,6 +60,8 @@ from api_request import (
     EMBEDDINGS,
     OPERATE,
     PROMPT_FIELDS,
+    RERANK,
+    SCORE,
     TEMPLATE,
     TOKENIZE,
     Field,
@@ -71,11 +75,12 @@ from api_request import (
     require,
     sampling_from,
 )
-from backends import WITH_EMBEDDINGS
+from backends import LACKS, WITH_EMBEDDINGS
 from catalog import Model, UsageError
 from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log, weight_files
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
 from metrics import CONTENT_TYPE, Metrics, Tally
+from model_files import TASKS
 from model_init import AnyEngine, Conflict, Life, Models, Profile, StillLoading, UnknownModel
 from page import Page, read_page, wants_page
 from progress import Progress
@@ -217,6 +222,7 @@ class Handler(Connection):
             "id": name, "object": "model", "created": model.created, "owned_by": self.server.profile.owned_by,
             "permission": [], "root": name, "parent": None, "status": status, "loaded": status == "loaded",
             **({"error": self.server.without_paths(failure)} if failure else {}),
+            **({} if model.task == "generate" else {"task": model.task}),
         }  # fmt: skip
 
     def get_models(self) -> None:
@@ -306,6 +312,14 @@ class Handler(Connection):
     def submit(self, start: Callable[[AnyEngine], Job]) -> Job:
         return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())
 
+    def must(self, *tasks: str) -> None:
+        """Only a model of one of these tasks can do it; an upstream speaks for its own."""
+        model = self.model
+        if model.task not in tasks and model.kind != "upstream":
+            does, route = TASKS[model.task]
+            name = self.server.models.catalog.public(model)
+            raise ApiError(400, f"The model {name} {does}: ask {route}.", "model", "unsupported_task")
+
     def model_name(self, values: dict[str, Any]) -> str:
         """A reply names the model as the request did."""
         return values.get("model") or self.server.models.catalog.public(self.model)
@@ -323,6 +337,7 @@ class Handler(Connection):
 
     def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape, max_tokens: int | None) -> None:
         """`max_tokens`: where the request does not say."""
+        self.must("generate")
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
             refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
@@ -368,7 +383,8 @@ class Handler(Connection):
     def ask(self, name: str, **arguments: Any) -> Any:
         """One call to the engine."""
         client = self.client()
-        job = self.submit(lambda engine: engine.call(name, arguments, client))
+        of = self.model.id if self.model.served_by else ""
+        job = self.submit(lambda engine: engine.call(name, arguments, client, of))
         until = time.monotonic() + self.server.request_timeout
         try:
             while time.monotonic() < until:
@@ -439,17 +455,41 @@ class Handler(Connection):
     def post_embeddings(self) -> None:
         values = self.read(EMBEDDINGS)
         prompts = require(values, "input", EMBEDDINGS)
-        if not self.server.models.spec(self.model).embeddings:
-            raise ApiError(
-                400,
-                f"Start the server with --embeddings (engines: {', '.join(WITH_EMBEDDINGS)}).",
-                "model",
-                "unsupported_parameter",
-            )
-        answer = self.ask("embed", prompts=prompts)
-        data = [embedding(i, vector, values) for i, vector in enumerate(answer["vectors"])]
-        usage = {"prompt_tokens": answer["tokens"], "total_tokens": answer["tokens"]}
-        self.reply(200, {"object": "list", "data": data, "model": self.model_name(values), "usage": usage})
+        self.must("embed", "generate")
+        if self.model.task == "generate" and self.model.kind != "upstream":
+            self.check_embeds()
+        limit = values.get("truncate_prompt_tokens")
+        found = self.ask("embed", prompts=prompts, prompt_name=values.get("prompt_name"), limit=limit)
+        self.reply(200, embeddings(found["vectors"], values, self.model_name(values), found["tokens"]))
+
+    def check_embeds(self) -> None:
+        """A model that generates embeds only where its engine can, and the server was told so."""
+        spec, able = self.server.models.spec(self.model), " and ".join(WITH_EMBEDDINGS)
+        if spec.backend in LACKS and spec.backend not in WITH_EMBEDDINGS:
+            told = f"This model generates, and with such a model {spec.backend} does not embed; {able} can."
+            raise ApiError(400, told, "input", "unsupported_parameter")
+        if not spec.embeddings:
+            told = f"This model generates; for its embeddings start the server with --embeddings (engines: {able})."
+            raise ApiError(400, told, "model", "unsupported_parameter")
+
+    def post_rerank(self) -> None:
+        values = self.read(RERANK)
+        query, documents = require(values, "query", RERANK), require(values, "documents", RERANK)
+        found = self.score([query], documents, values, ranks=True)
+        self.reply(200, ranking(found["scores"], values, self.model_name(values), found["tokens"]))
+
+    def post_score(self) -> None:
+        values = self.read(SCORE)
+        first, second = require(values, "text_1", SCORE), require(values, "text_2", SCORE)
+        if len(first) not in (1, len(second)):
+            raise ApiError(400, "'text_1' must be one text, or as many as 'text_2'.", "text_1")
+        found = self.score(first, second, values, ranks=False)
+        self.reply(200, pair_scores(found["scores"], self.model_name(values), found["tokens"]))
+
+    def score(self, queries: list[str], documents: list[str], values: dict[str, Any], ranks: bool) -> Any:
+        self.must("rerank", "embed")
+        limit = values.get("truncate_prompt_tokens")
+        return self.ask("score", queries=queries, documents=documents, limit=limit, ranks=ranks)
 
     def post_tokenize(self) -> None:
         values = self.read(TOKENIZE)
@@ -640,6 +680,9 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/chat/completions": {"POST": Handler.post_chat_completions},
     "/completions": {"POST": Handler.post_completions},
     "/embeddings": {"POST": Handler.post_embeddings},
+    "/rerank": {"POST": Handler.post_rerank},
+    "/v2/rerank": {"POST": Handler.post_rerank},  # Cohere's
+    "/score": {"POST": Handler.post_score},
     "/tokenize": {"POST": Handler.post_tokenize},
     "/detokenize": {"POST": Handler.post_detokenize},
     "/apply-template": {"POST": Handler.post_apply_template},

@@ -21,6 +21,8 @@ TITLES = {
     "/chat/completions": "POST /v1/chat/completions",
     "/completions": "POST /v1/completions: what differs from chat",
     "/embeddings": "POST /v1/embeddings",
+    "/rerank": "POST /v1/rerank",
+    "/score": "POST /v1/score",
     "/tokenize": "POST /tokenize",
     "/detokenize": "POST /detokenize",
     "/apply-template": "POST /apply-template",
