@@ -44,6 +44,7 @@ from engine import (
     one_line,
     too_long,
 )
+from grammar import ebnf_grammar, lark_grammar
 from model_files import (
     cache_folder,
     file_mark,
@@ -55,6 +56,7 @@ from model_files import (
     text_config,
     token_text,
 )
+from regular import Unsupported
 
 # ────────────────────────────────────────────────── the machine ──────────────────────────────────────────────────
 
@@ -251,7 +253,7 @@ class OpenVino(OpenVinoModel):
         if self.ngram:
             config.num_assistant_tokens, config.max_ngram_size = self.draft_tokens, self.ngram
         if sampling.grammar:
-            config.structured_output_config = self.genai.StructuredOutputConfig(grammar=sampling.grammar)
+            config.structured_output_config = self.genai.StructuredOutputConfig(grammar=ebnf(sampling.grammar))
         config.presence_penalty = sampling.presence_penalty
         config.frequency_penalty = sampling.frequency_penalty
         config.repetition_penalty = sampling.repetition_penalty
@@ -299,6 +301,14 @@ class OpenVino(OpenVinoModel):
 
     def close(self) -> None:
         del self.pipe
+
+
+def ebnf(text: str) -> str:
+    """A grammar in the dialect of OpenVINO and llama.cpp. Raises Refused where it would be too large in it."""
+    try:
+        return ebnf_grammar(text)
+    except Unsupported as error:
+        raise Refused(f"The constraint cannot be honoured on this engine: {error}.", "structured_outputs") from None
 
 
 def openvino_device(asked: str, there: list[str]) -> str:
@@ -563,7 +573,7 @@ class LlamaCpp(LlamaModel):
         """A copy of the compiled grammar. Raises Refused: llama.cpp's parser gives NULL for a bad one."""
         if text not in self.grammars:
             self.last_error = ""
-            grammar = self.lib.llama_sampler_init_grammar(self.vocab, text.encode(), b"root")
+            grammar = self.lib.llama_sampler_init_grammar(self.vocab, ebnf(text).encode(), b"root")
             if not grammar:
                 raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
             if len(self.grammars) >= 64:
@@ -911,28 +921,6 @@ def read_pieces(tokenizer: Any) -> tuple[list[bytes], list[bytes]]:
         else:
             literals[i] = text.replace("\u2581", " ").encode()
     return literals, [b"" if i in added and added[i].special else literal for i, literal in enumerate(literals)]
-
-
-GBNF_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b(r\d+|root)\b')
-
-
-def lark_grammar(text: str) -> str:
-    """A grammar of constraints.py in llguidance's dialect of Lark (its own converter from GBNF breaks escapes).
-
-    A rule without recursion becomes a terminal, which llguidance runs as one automaton; where nothing recurs, that is the whole.
-    """
-    rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
-    refs = {name: {m[4] for m in GBNF_TOKEN.finditer(body) if m[4]} for name, body in rules.items()}
-    flat: set[str] = set()
-    while more := {name for name in rules if name not in flat and refs[name] <= flat}:
-        flat |= more
-    names = {name: name.upper() if name in flat else name for name in rules}
-
-    def convert(m: re.Match[str]) -> str:
-        return m[1] or (f"/{m[2]}/" if m[2] else f"{{{m[3]},{m[3]}}}" if m[3] else names[m[4]])
-
-    lines = [f"{names[name]}: {GBNF_TOKEN.sub(convert, body)}" for name, body in rules.items()]
-    return "\n".join([f"start: {names['root']}", *lines])
 
 
 # ─────────────────────────────────────────────────── transformers ────────────────────────────────────────────────

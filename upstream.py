@@ -41,6 +41,7 @@ from engine import (
     log,
 )
 from engine import Answer as Answered
+from grammar import ebnf_grammar
 
 POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
@@ -387,7 +388,7 @@ def request_body(prompts: Sequence[Prompt], s: Sampling, model: str) -> tuple[st
     body |= {"stop": list(s.stop)} if s.stop else {}
     body |= {"stop_token_ids": list(s.stop_token_ids)} if s.stop_token_ids else {}
     body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias}} if s.logit_bias else {}
-    body |= {"structured_outputs": {"grammar": s.grammar}} if s.grammar else {}
+    body |= {"structured_outputs": {"grammar": ebnf_grammar(s.grammar)}} if s.grammar else {}
     return path, body
 
 
