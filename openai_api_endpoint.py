@@ -146,6 +146,9 @@ class Handler(Connection):
             self.server.metrics.count("refused_total", told.code or "invalid_request")
         if self.streaming:
             return self.end_stream(sse(told.body()) + DONE)
+        if self.status:  # it has been answered: a second reply would be taken for the next request's
+            self.close_connection = True
+            return
         self.close_connection |= told.close
         self.reply(told.status, told.body(), told.headers)
         if self.close_connection and self.unread != 0:
