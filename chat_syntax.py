@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from typing import Any
@@ -13,16 +14,20 @@ class ChatTemplate:
     """A model's Jinja chat template, rendered as Hugging Face's `apply_chat_template` does, in a sandbox."""
 
     def __init__(self, source: str | None, bos: str, eos: str, more: dict[str, str] | None = None):
-        self.template = None
-        self.fault = "This model has no chat template: start the server with --chat-template FILE."
         self.source = source
         self.tokens = {**(more or {}), "bos_token": bos, "eos_token": eos}
+        self.recipe = (source, bos, eos, more) if source else ()  # what it is made again from, in another process
         self.has_developer = source is not None and "developer" in source
-        if source:
-            try:
-                self.template = self.compile(source)
-            except Exception as error:  # completions need no template
-                self.fault = f"This model's chat template cannot be read: {one_line(error)}"
+
+    @functools.cached_property
+    def template(self) -> Any:
+        """Compiled when first asked for: already that may take for ever, and is no business of a load. Raises Refused."""
+        if not self.source:
+            raise Refused("This model has no chat template: start the server with --chat-template FILE.", "messages")
+        try:
+            return self.compile(self.source)
+        except Exception as error:  # completions need no template
+            raise Refused(f"This model's chat template cannot be read: {one_line(error)}", "messages") from None
 
     def compile(self, source: str) -> Any:
         from jinja2.ext import Extension, loopcontrols
@@ -50,8 +55,7 @@ class ChatTemplate:
         raise Refused(f"The model's chat template refuses these messages: {message}", "messages")
 
     def render(self, prompt: Prompt) -> str:
-        if self.template is None:
-            raise Refused(self.fault, "messages")
+        template = self.template
         messages = [dict(m) for m in prompt.messages or ()]
         mark = ""
         if prompt.continue_final:  # where the last message ends only the template knows: mark the place and cut there
@@ -69,7 +73,7 @@ class ChatTemplate:
                 **prompt.template_kwargs,
                 "add_generation_prompt": prompt.generation_prompt and not mark,
             }
-            text = str(self.template.render(messages=messages, **variables))
+            text = str(template.render(messages=messages, **variables))
             if mark and mark not in text:
                 raise Refused("The model's chat template cannot continue the final message.", "continue_final_message")
             return text.rpartition(mark)[0] if mark else text

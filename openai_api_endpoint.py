@@ -67,6 +67,7 @@ from api_request import (
     Field,
     capabilities,
     chat_prompt,
+    check_limits,
     check_together,
     constraint_of,
     parse_json,
@@ -344,6 +345,7 @@ class Handler(Connection):
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
             refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
+        check_limits(values, len(prompts), self.server.models.limits)
         if told or self.server.record:
             prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
@@ -620,7 +622,6 @@ class Generation:
             if self.handler.left:
                 raise PeerGone
             if self.clock and now - self.clock > patience and not (streaming and (events or self.unsent)):
-                self.job.engine.check_silence(patience * 0.9)
                 raise ApiError(504, f"No answer within {patience:g} s (--request-timeout).", code="timeout")
             if self.unsent:
                 unsent, self.unsent = self.unsent, b""

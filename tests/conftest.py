@@ -109,14 +109,14 @@ def serve(models, ready=True, folder=None, **options):
         models.close()
 
 
-def serve_one(model, spec, max_jobs=40, **options):
-    limits = model_init.Limits(max_jobs=max_jobs, patience=60, default=model.id)
+def serve_one(model, spec, max_jobs=40, limits=None, **options):
+    limits = model_init.Limits(**{"max_jobs": max_jobs, "patience": 60, "default": model.id} | (limits or {}))
     return serve(model_init.Models(model_init.Catalog(fixed=[model]), lambda model: spec, limits), **options)
 
 
-def serve_scripted(folder, slots=2, queue=2, **options):
+def serve_scripted(folder, slots=2, queue=2, kind="Scripted", **options):
     model = model_init.Model("scripted", Path(folder), "gguf", 1234)
-    spec = EngineSpec("scripted:Scripted", str(folder), slots)
+    spec = EngineSpec(f"scripted:{kind}", str(folder), slots)
     return serve_one(model, spec, slots + queue, folder=folder, **options)
 
 
