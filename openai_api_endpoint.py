@@ -979,11 +979,17 @@ def listening(server: Server) -> str:
     names = list(server.models.catalog.models().values())
     asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
     model = f'"model":"{server.models.catalog.public(names[0])}",' if asked else ""
+    path, body = {
+        "embed": ("/v1/embeddings", '"input":["The cat sat on the mat.","A cat was sitting on a rug."]'),
+        "rerank": ("/v1/rerank", '"query":"Where is the cat?","documents":["On the mat.","In 1789."]'),
+    }.get(names[0].task if names else "", (
+        "/v1/chat/completions", f'"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}'
+    ))  # fmt: skip
     return f"""\
   listening on {where}  ({"a chat, in a browser; " if server.page else ""}OpenAI base_url: {url}/v1)
 
-  {curl}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
+  {curl}{path} -H 'Content-Type: application/json' \\
+    -d '{{{model}{body}}}'
 """
 
 
