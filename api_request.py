@@ -22,6 +22,7 @@ from constraints import (
     regex_grammar,
     regex_matches,
     schema_grammar,
+    unknown_words,
     violation,
 )
 from engine import Prompt, Sampling
@@ -158,6 +159,7 @@ class Constraint:
 
     grammar: str
     check: Callable[[str], str | None] | None  # what is wrong with a finished text, or None; without: only the engine knows
+    ignored: tuple[str, ...] = ()  # the places of words in a schema that nobody knows: they constrain nothing
 
     def fault(self, text: str, cut: bool) -> str | None:
         """What is wrong with a text that the engine has ended, or that a stop string or token has cut."""
@@ -169,14 +171,18 @@ class Constraint:
             return str(error)
 
 
-def json_constraint(schema: Any, where: str) -> Constraint:
+def json_constraint(schema: Any, where: str, strict: bool = False) -> Constraint:
+    """`strict`: properties in the schema's order, and none beside them, as OpenAI promises of it."""
+
     def wrong(text: str) -> str | None:
         try:
             return violation(schema, json.loads(text))
         except ValueError as error:
             return f"it is not JSON: {error}"
 
-    return Constraint(refuse_unsupported(schema_grammar, schema, where), wrong)
+    grammar = refuse_unsupported(lambda given: schema_grammar(given, strict=strict), schema, where)
+    ignored = (place + f" ({meant}?)" * bool(meant) for place, meant in unknown_words(schema).items())
+    return Constraint(grammar, wrong, tuple(f"{where}.{'..' * (len(place) > 44)}{place[-44:]}" for place in ignored))
 
 
 def refuse_unsupported(convert: Callable[[Any], str], source: Any, where: str) -> str:
@@ -201,7 +207,7 @@ def read_response_format(value: Any) -> Constraint | None:
     check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
     check(set(value["json_schema"]) <= {"name", "description", "schema", "strict"})
     check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
-    return json_constraint(value["json_schema"]["schema"], "response_format")
+    return json_constraint(value["json_schema"]["schema"], "response_format", value["json_schema"].get("strict") is True)
 
 
 def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Constraint | None:
@@ -456,6 +462,7 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
     for says, condition, param, feature in COMBINED:
         if condition(values):
             refuse_lacking(param, feature, engine, says.replace("`", "'"))
+    ignored += [place for value in values.values() if isinstance(value, Constraint) for place in value.ignored]
     return Fields(values, ignored)
 
 
