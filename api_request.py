@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from api_errors import ApiError
 from backends import LACKS
-from constraints import Unsupported, regex_matches, violation
+from constraints import Unsupported, regex_matches, unknown_words, violation
 from engine import Prompt, Sampling
 from model_init import ROLES, Limits
 
@@ -176,9 +176,20 @@ class Constraint(NamedTuple):
     """What a completion must be, as it came. Here it is measured, and a finished text held against it: it becomes a grammar behind
     admission (prepare.py), for it may take long."""
 
-    kind: str  # "json" | "regex" | "choice" | "grammar"
+    kind: str  # "json" | "strict" (JSON with a schema that OpenAI calls so) | "regex" | "choice" | "grammar"
     source: Any
     where: str  # the field that it came from
+
+    def unknown(self) -> list[str]:
+        """The places of words in a schema that nobody knows: they constrain nothing, and are told as unknown fields are."""
+        if self.kind not in ("json", "strict"):
+            return []
+        try:
+            measure(self.source, self.where, MOST_TOLD)
+        except ApiError:  # too much to be looked through; maybe too much to be honoured, which is told later
+            return []
+        words = (place + f" ({meant}?)" * bool(meant) for place, meant in unknown_words(self.source).items())
+        return [f"{self.where}.{'..' * (len(place) > 44)}{place[-44:]}" for place in words]
 
     def fault(self, text: str, cut: bool) -> str | None:
         """What is wrong with a text that the engine has ended, or that a stop string or token has cut."""
@@ -201,10 +212,12 @@ def json_fault(schema: Any, text: str) -> str | None:
 
 FAULTS: dict[str, Callable[[Any, str], str | None]] = {
     "json": json_fault,
+    "strict": json_fault,
     "regex": lambda pattern, text: None if regex_matches(pattern, text) else "it does not match the regex",
     "choice": lambda choices, text: None if text in choices else "it is none of the choices",
 }
 MOST_PARTS, DEEPEST = 20_000, 130  # values in a constraint, and how deep they nest
+MOST_TOLD = 200_000  # characters of a schema that is looked through for words that nobody knows
 MOST_CHECKED = 100_000_000  # characters of a finished text times the size of its constraint
 
 
@@ -259,7 +272,8 @@ def read_response_format(value: Any) -> Constraint | None:
     check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
     check(set(value["json_schema"]) <= {"name", "description", "schema", "strict"})
     check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
-    return Constraint("json", value["json_schema"]["schema"], "response_format")
+    kind = "strict" if value["json_schema"].get("strict") is True else "json"
+    return Constraint(kind, value["json_schema"]["schema"], "response_format")
 
 
 def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Constraint | None:
@@ -529,6 +543,7 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
     for says, condition, param, feature in COMBINED:
         if condition(values):
             refuse_lacking(param, feature, engine, says.replace("`", "'"))
+    ignored += [place for value in values.values() if isinstance(value, Constraint) for place in value.unknown()]
     return Fields(values, ignored)
 
 

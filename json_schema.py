@@ -17,7 +17,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 from regular import EMPTY, Bound, Regex, Term, Unsupported, matches, pattern_term
 
-MAX_DEPTH = 64
+MAX_DEPTH, MAX_MEMBERS = 64, 2_000
 
 
 # ---- formats: those that are asserted; any other is an annotation
@@ -189,6 +189,8 @@ def _checked(given: Any, path: str) -> dict[str, Any]:
             refuse(word, path, "has a value out of range")
         if word in ("anyOf", "oneOf", "allOf", "enum") and not value:
             refuse(word, path, "is empty, so nothing satisfies it")
+        if len(value) > MAX_MEMBERS if allowed in (_LIST, _MAP) and word != "enum" else False:
+            refuse(word, path, f"of more than {MAX_MEMBERS} members is not supported")
     if not all(isinstance(name, str) for name in required_of(node)):
         refuse("required", path, "has a value of the wrong type")
     if node.get("multipleOf", 1) <= 0:
@@ -576,7 +578,7 @@ def unknown_words(schema: Any) -> dict[str, str]:
             elif word == "format" and node[word] not in FORMATS:
                 found[place] = ""
             elif word == "required" and isinstance(node[word], bool):
-                found[place] = "required of the schema around it, with the property's name"
+                found[place] = "a list"
         todo += [(f"{path}.{step}" if path else step, sub) for step, sub in _inside(node)]
     return found
 

@@ -26,6 +26,7 @@ log = logging.getLogger("openai_api_endpoint")
 
 GRAMMARS: dict[str, Callable[[Any], str]] = {
     "json": schema_grammar,
+    "strict": functools.partial(schema_grammar, strict=True),
     "regex": regex_grammar,
     "choice": choice_grammar,
     "grammar": own_grammar,
