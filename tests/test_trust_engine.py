@@ -550,11 +550,11 @@ def test_a_child_ends_with_its_lifeline():
 
 def test_the_thread_that_starts_an_engine_may_end(tmp_path):
     made = []
-    thread = threading.Thread(target=lambda: made.append(Script(tmp_path)))
+    thread = threading.Thread(target=lambda: made.append(Script(tmp_path).ready()))
     thread.start()
     thread.join()
     try:
-        assert text(finish(made[0].ready().submit("echo x"))) == "x"
+        assert text(finish(made[0].submit("echo x"))) == "x"
     finally:
         made[0].engine.close()
 
