@@ -567,14 +567,14 @@ def unknown_words(schema: Any) -> dict[str, str]:
     """The places of what a schema says that constrains nothing, because nobody knows it; with the word that was perhaps meant, or ""."""
     found: dict[str, str] = {}
     todo: list[tuple[str, Any]] = [("", schema)]
-    known = CONSTRAINING | _NOTES
+    known = {word.lower(): word for word in CONSTRAINING | _NOTES}
     while todo and len(found) < 1_000:
         path, node = todo.pop()
         for word in node if isinstance(node, dict) else ():
             place = f"{path}.{word[:60]}" if path else word[:60]
-            if word not in known:
-                close = difflib.get_close_matches(word, known, 1, 0.85)
-                found[place] = close[0] if close else ""
+            if word not in CONSTRAINING | _NOTES:
+                close = difflib.get_close_matches(word.lower(), known, 1, 0.85)
+                found[place] = known[close[0]] if close else ""
             elif word == "format" and node[word] not in FORMATS:
                 found[place] = ""
             elif word == "required" and isinstance(node[word], bool):
