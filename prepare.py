@@ -1,7 +1,7 @@
 """What is done for a request before it costs the engine anything, text to text: its conversation becomes a prompt, its
 constraint a grammar. Runs in the workshop, which bounds its time and memory; no socket, no engine, no library but Jinja.
 
-  ("template", source, bos, eos, more)   the template to render with             -> b"+" and nothing
+  ("template", source, bos, eos, more, tool_syntax)  the template to render with             -> b"+" and JSON of what was found in it
   ("message", context, render, message)  a message to the engine                 -> b"+" and the message, prepared
   ("grammar", constraint)                for an engine that renders by itself    -> b"+" and the grammar's text
 Refused is b"-" and JSON of its arguments; a bug is b"!" and what may be said of it.
@@ -31,6 +31,7 @@ GRAMMARS: dict[str, Callable[[Any], str]] = {
     "choice": choice_grammar,
     "grammar": own_grammar,
 }
+NONE = Sampling()
 KNOWN = 64  # grammars that are kept: agents ask for the same one again and again
 
 
@@ -60,11 +61,14 @@ class Preparation:
             log.exception("bug")
             return b"!" + f"the request could not be prepared: {type(error).__name__}".encode()
 
-    def set_up(self, source: str, bos: str, eos: str, more: dict[str, str] | None) -> bytes:
+    def set_up(self, source: str, bos: str, eos: str, more: dict[str, str] | None, tool_syntax: str = "") -> bytes:
         self.tell("template")
         self.template = ChatTemplate(source, bos, eos, more)
+        if tool_syntax:
+            self.template.choose(tool_syntax)
         with contextlib.suppress(Refused):  # who asks for it is told
             _ = self.template.template
+            return json.dumps(self.template.about).encode()
         return b""
 
     def message(self, context: int, render: bool, message: tuple[Any, ...]) -> bytes:
@@ -72,25 +76,27 @@ class Preparation:
         kind, job, *arguments = message
         if kind == "submit":
             prompts, sampling, *rest = arguments
-            arguments = [self.prompts(prompts, render), self.sampling(sampling), *rest]
+            sampling = self.sampling(sampling)
+            arguments = [self.prompts(prompts, render, sampling), sampling, *rest]
         else:
             name, given, *rest = arguments
             arguments = [name, {key: self.prompts(value, render) for key, value in given.items()}, *rest]
         return pickle.dumps((kind, job, *arguments), pickle.HIGHEST_PROTOCOL)
 
-    def prompts(self, value: Any, render: bool) -> Any:
+    def prompts(self, value: Any, render: bool, sampling: Sampling = NONE) -> Any:
         """Every prompt in a value, prepared."""
         if isinstance(value, (list, tuple)):
-            return tuple(self.prompts(one, render) for one in value)
-        return self.prompt(value) if render and isinstance(value, Prompt) and value.messages is not None else value
+            return tuple(self.prompts(one, render, sampling) for one in value)
+        return self.prompt(value, sampling) if render and isinstance(value, Prompt) and value.messages is not None else value
 
-    def prompt(self, prompt: Prompt) -> Prompt:
+    def prompt(self, prompt: Prompt, sampling: Sampling) -> Prompt:
         assert self.template
         self.tell("template")
-        text = self.template.render(prompt)
+        chat = self.template.prepare(prompt, sampling)
+        text = chat.text
         if len(text) // CHARACTERS > self.context:
             raise too_long("the prompt", "is far longer than", self.context)
-        return replace(prompt, messages=None, template_kwargs={}, text=text, rendered=True)
+        return replace(prompt, messages=None, template_kwargs={}, tools=(), text=text, rendered=True, chat=chat)
 
     def sampling(self, sampling: Sampling) -> Sampling:
         if sampling.constraint is None:
