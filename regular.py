@@ -175,6 +175,8 @@ def lengths(term: Term) -> tuple[int, int | None]:
     """The shortest and longest text of a term, at most and at least: what is between may be missing."""
     if term.op == "lit":
         return len(term.text), len(term.text)
+    if term is NONE:
+        return 0, 0
     if term.op in ("seq", "alt"):
         lows, highs = zip(*map(lengths, term.parts), strict=True)
         if term.op == "seq":

@@ -149,7 +149,7 @@ def test_the_json_schema_test_suite(draft: str) -> None:
     counts: collections.Counter[str] = collections.Counter()
     wrong = []
     for file in files:
-        if file.stem == "format":  # says that formats are annotations; here those that are known are asserted
+        if file.stem in ("format", "vocabulary"):  # known formats are asserted; metaschemas from elsewhere are not read
             continue
         for group in json.loads(file.read_text()):
             counts["schemas"] += 1
