@@ -80,7 +80,7 @@ from regular import (
 __all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "object_grammar", "own_grammar", "prefixed", "regex_grammar", "regex_matches", "schema_grammar", "unknown_words", "violation"]  # fmt: skip
 
 MAX_ALTERNATIVES, MAX_STATES, MAX_COUNTED, MAX_UNIQUE = 256, 4_000, 4_000, 5
-MAX_WORK = 100_000  # meetings of two shapes
+MAX_WORK = 30_000  # meetings of two shapes
 MAX_LISTED = 100  # multiples written out
 MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
     4,
@@ -257,8 +257,8 @@ def number_term(shape: Number) -> Term:
             bounds = (None if first is None else (first * step, False), None if last is None else (last * step, False))
             whole = step.denominator == 1
             plain = integers(*(None if b is None else int(b[0]) for b in bounds)) if whole else decimals(*bounds, plain=True)
-            if bounds == (None, None) and whole:  # no count of digits: it would be multiplied by the remainders
-                plain = seq(rep(lit("-"), 0, 1), alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, None))]))
+            if first in (None, 0) and last is None and whole:  # no count of digits: it would be multiplied by the remainders
+                plain = seq(rep(lit("-"), 0, 1) if first is None else EMPTY, alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, None))]))
             found = both(plain, multiples(step))
     else:
         found = decimals(low, high, plain=bool(shape.terms))
