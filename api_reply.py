@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from api_errors import ApiError
 from api_request import Constraint
+from constraints import violation
 from engine import Delta, Details, Event, Started, TokenLogprob, log
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every call
@@ -25,11 +26,24 @@ def compact(value: Any) -> bytes:
     return ENCODER.encode(value).encode("utf-8", "replace")
 
 
+class Call:
+    """One tool call, assembled from its deltas."""
+
+    def __init__(self, id: str, name: str):
+        self.id, self.name = id, name
+        self.arguments: list[str] = []
+
+    def json(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": "".join(self.arguments)}}
+
+
 class Choice:
     """One choice, assembled from its deltas."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[Call] = []
         self.finish: str | None = None
         self.logprobs: list[TokenLogprob] = []
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for text_offset: characters may span tokens
@@ -51,6 +65,11 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int | None = 0  # None: the engine cannot tell, and the reply has no such member
     tokens: int = 0
+    reasoning_tokens: int = 0
+    promised: dict[str, Any] = field(default_factory=dict)  # tools whose calls satisfy their schema: name → schema
+    reasons: bool = False  # the model does, or may
+    hide_reasoning: bool = False
+    functions: bool = False  # asked for in the older spelling, and told in it
     started_at: float = 0.0  # these three: seconds on the engine's clock
     first_at: float = 0.0
     last_at: float = 0.0
@@ -67,7 +86,18 @@ class Completion:
         choice = self.choices[delta.choice]
         self.tokens += delta.tokens
         self.first_at, self.last_at = self.first_at or delta.at, delta.at
-        choice.text.append(delta.text)
+        if delta.kind == "content":
+            choice.text.append(delta.text)
+        elif delta.kind == "reasoning":
+            choice.reasoning.append(delta.text)
+            self.reasoning_tokens += delta.tokens
+        elif delta.kind == "call":
+            choice.calls.append(Call(delta.id, delta.text))
+        else:
+            choice.calls[-1].arguments.append(delta.text)
+        if delta.finish == "tool_calls" and (wrong := self.wrong_call(choice)):
+            log.info("%s: a call leaves its schema: %s", self.id, wrong)
+            delta = delta._replace(finish="length")
         if delta.finish in ("stop", "cut"):
             text, cut = "".join(choice.text), delta.finish == "cut"
             wrong = self.constraint.fault(text, cut) if self.constraint else None
@@ -77,13 +107,30 @@ class Completion:
         choice.finish = delta.finish
         return delta
 
+    def wrong_call(self, choice: Choice) -> str | None:
+        """What is wrong with a call that was promised to satisfy its schema; None where nothing is."""
+        for call in choice.calls:
+            schema = self.promised.get(call.name)
+            if schema is not None and (wrong := violation(schema, json.loads("".join(call.arguments)))):
+                return wrong
+        return None
+
     def usage(self) -> dict[str, Any]:
+        details = (
+            {"completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}}
+            if self.reasons or self.reasoning_tokens
+            else {}
+        )
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,
             "total_tokens": self.prompt_tokens + self.tokens,
             "prompt_tokens_details": {} if self.cached_tokens is None else {"cached_tokens": self.cached_tokens},
+            **details,
         }
+
+    def finish_of(self, finish: str | None) -> str | None:
+        return "function_call" if finish == "tool_calls" and self.functions else finish
 
     def timings(self) -> dict[str, Any]:
         """llama-server's names. Prefill up to the first token, then decoding; by the engine's clock, the queue left out."""
@@ -110,9 +157,9 @@ class Completion:
             "choices": [
                 {
                     "index": i,
-                    **self.shape.content("".join(choice.text)),
+                    **self.shape.content(self, choice),
                     "logprobs": self.shape.logprobs(choice, choice.logprobs) if self.logprobs else None,
-                    "finish_reason": choice.finish,
+                    "finish_reason": self.finish_of(choice.finish),
                 }
                 for i, choice in enumerate(self.choices)
             ],
@@ -150,13 +197,25 @@ def text_logprobs(choice: Choice, entries: Iterable[TokenLogprob]) -> dict[str, 
     return shape
 
 
+def chat_content(completion: Completion, choice: Choice) -> dict[str, Any]:
+    text, reasoning = "".join(choice.text), "".join(choice.reasoning)
+    message: dict[str, Any] = {"role": "assistant", "content": text if text or not choice.calls else None, "refusal": None}
+    if reasoning and not completion.hide_reasoning:
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    if choice.calls and completion.functions:
+        message["function_call"] = choice.calls[0].json()["function"]
+    elif choice.calls:
+        message["tool_calls"] = [call.json() for call in choice.calls]
+    return {"message": message}
+
+
 class Shape(NamedTuple):
     """What differs between the chat and the legacy text route."""
 
     prefix: str
     whole: str  # "object" of a reply
     part: str  # "object" of a chunk
-    content: Callable[[str], dict[str, Any]]
+    content: Callable[[Completion, Choice], dict[str, Any]]
     logprobs: Callable[[Choice, Iterable[TokenLogprob]], dict[str, Any]]
     opening: bytes  # what a stream begins with, for each choice
     piece: bytes  # a chunk's text, already JSON
@@ -167,14 +226,21 @@ CHAT_SHAPE = Shape(
     "chatcmpl-",
     "chat.completion",
     "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    chat_content,
     chat_logprobs,
     b'"delta":{"role":"assistant","content":"","refusal":null}',
     b'"delta":{"content":%s}',
     b'"delta":{}',
 )
 TEXT_SHAPE = Shape(
-    "cmpl-", "text_completion", "text_completion", lambda text: {"text": text}, text_logprobs, b"", b'"text":%s', b'"text":""'
+    "cmpl-",
+    "text_completion",
+    "text_completion",
+    lambda _, choice: {"text": "".join(choice.text)},
+    text_logprobs,
+    b"",
+    b'"text":%s',
+    b'"text":""',
 )
 
 
@@ -205,16 +271,40 @@ class Chunks:
         return b"".join(self.chunk(i, self.shape.opening) for i in count) if self.shape.opening else b""
 
     def delta(self, delta: Delta) -> bytes:
-        out = b""
+        out, logprobs = b"", b"null"
         if delta.logprobs and self.completion.logprobs:
             logprobs = compact(self.shape.logprobs(self.completion.choices[delta.choice], delta.logprobs))
+        if delta.kind != "content":
+            out = self.special(delta, logprobs)
+        elif logprobs != b"null":
             out = self.chunk(delta.choice, self.shape.piece % compact(delta.text), logprobs)
         elif delta.text:
             before, after = self.around[delta.choice]
             out = before + compact(delta.text) + after
         if delta.finish:
-            out += self.chunk(delta.choice, self.shape.closing, finish=b'"%s"' % delta.finish.encode())
+            finish = self.completion.finish_of(delta.finish) or ""
+            out += self.chunk(delta.choice, self.shape.closing, finish=b'"%s"' % finish.encode())
         return out
+
+    def special(self, delta: Delta, logprobs: bytes) -> bytes:
+        """A chunk of reasoning, or of a call; empty where there is nothing to tell."""
+        completion = self.completion
+        said: dict[str, Any] = {}
+        index = len(completion.choices[delta.choice].calls) - 1
+        if delta.kind == "reasoning":
+            if delta.text and not completion.hide_reasoning:
+                said = {"reasoning_content": delta.text, "reasoning": delta.text}
+        elif completion.functions:
+            call = {"name": delta.text, "arguments": ""} if delta.kind == "call" else {"arguments": delta.text}
+            said = {"function_call": call} if index == 0 else {}
+        elif delta.kind == "call":
+            function = {"name": delta.text, "arguments": ""}
+            said = {"tool_calls": [{"index": index, "id": delta.id, "type": "function", "function": function}]}
+        elif delta.text:
+            said = {"tool_calls": [{"index": index, "function": {"arguments": delta.text}}]}
+        if not said and logprobs == b"null":
+            return b""
+        return self.chunk(delta.choice, b'"delta":%s' % compact(said), logprobs)
 
     def last(self, **members: Any) -> bytes:
         """A chunk without choices."""
@@ -229,21 +319,25 @@ def sse(payload: Any) -> bytes:
 
 
 def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:
-    """One delta per choice out of what has queued up: a slow client gets bigger chunks, not a longer queue."""
+    """One delta per choice and kind of text out of what has queued up: a slow client gets bigger chunks, not a longer queue."""
     if len(events) == 1:
         yield events[0]
         return
-    merged: dict[int, Delta] = {}
+    merged: dict[int, list[Delta]] = {}
     for event in events:
         if not isinstance(event, Delta):
             yield event
-        elif old := merged.get(event.choice):
-            merged[event.choice] = event._replace(
+            continue
+        run = merged.setdefault(event.choice, [])
+        if run and run[-1].kind == event.kind != "call":
+            old = run[-1]
+            run[-1] = event._replace(
                 text=old.text + event.text, tokens=old.tokens + event.tokens, logprobs=old.logprobs + event.logprobs
             )
         else:
-            merged[event.choice] = event
-    yield from merged.values()
+            run.append(event)
+    for run in merged.values():
+        yield from run
 
 
 def piece_json(piece: bytes) -> str | list[int]:

@@ -236,16 +236,151 @@ STRUCTURED = Kind("an object with one of json, regex, choice, grammar", read_str
 CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "grammar",
     "guided_json", "guided_regex", "guided_choice", "guided_grammar")  # fmt: skip
 
-# ─────────────────────────────────────────────────── messages ────────────────────────────────────────────────────
+# ───────────────────────────────────────────────────── tools ─────────────────────────────────────────────────────
 
-MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # passed on: templates know them
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MOST_TOOLS = 128
+
+
+def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """[{type: function, function: {name, description, parameters, strict}}], each of them with what it was given."""
+    if not isinstance(value, list) or len(value) > MOST_TOOLS:
+        raise ApiError(400, f"'tools' must be an array of up to {MOST_TOOLS} tools.", "tools")
+    tools = tuple(read_tool(tool, f"tools[{i}]") for i, tool in enumerate(value))
+    return distinct(tools, "tools")
+
+
+def distinct(tools: tuple[dict[str, Any], ...], where: str) -> tuple[dict[str, Any], ...]:
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        name = tool["function"]["name"]
+        if name in names:
+            raise ApiError(400, f"'{where}[{i}]' has the name {name!r}, which another has already.", f"{where}[{i}]")
+        names.add(name)
+    return tools
+
+
+def read_tool(tool: Any, where: str) -> dict[str, Any]:
+    if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        hint = f" This server has no tools of type {kind[:40]!r}." if isinstance(kind, str) else ""
+        raise ApiError(400, f'\'{where}\' must be {{"type": "function", "function": {{"name": …}}}}.{hint}', where)
+    return {"type": "function", "function": read_function(tool.get("function"), f"{where}.function")}
+
+
+def read_function(function: Any, where: str) -> dict[str, Any]:
+    if not isinstance(function, dict):
+        raise ApiError(400, f"'{where}' must be an object with name, description and parameters.", where)
+    name = function.get("name")
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        raise ApiError(400, f"'{where}.name' must be 1 to 64 letters, digits, _, - and dots.", f"{where}.name")
+    for key, kind, says in (
+        ("description", str, "a string"),
+        ("parameters", dict, "a JSON Schema"),
+        ("strict", bool, "true or false"),
+    ):
+        if not isinstance(function.get(key), (kind, type(None))):
+            raise ApiError(400, f"'{where}.{key}' must be {says}.", f"{where}.{key}")
+    kept = {
+        key: value
+        for key, value in function.items()
+        if value is not None and key in ("name", "description", "parameters", "strict")
+    }
+    return {"description": "", "parameters": {"type": "object", "properties": {}}} | kept
+
+
+def read_functions(value: Any) -> tuple[dict[str, Any], ...]:
+    """The older spelling of tools."""
+    check(isinstance(value, list) and len(value) <= MOST_TOOLS)
+    tools = tuple({"type": "function", "function": read_function(f, f"functions[{i}]")} for i, f in enumerate(value))
+    return distinct(tools, "functions")
+
+
+class ToolChoice(NamedTuple):
+    mode: str  # "none" | "auto" | "required"
+    names: tuple[str, ...] | None = None  # only these; None: any
+
+
+def read_tool_choice(value: Any) -> ToolChoice:
+    if isinstance(value, str):
+        check(value in ("none", "auto", "required"))
+        return ToolChoice(value)
+    check(isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"))
+    if value["type"] == "function":
+        return ToolChoice("required", (named_function(value),))
+    allowed = value.get("allowed_tools", value)
+    check(isinstance(allowed, dict) and allowed.get("mode", "auto") in ("auto", "required"))
+    check(isinstance(allowed.get("tools"), list) and bool(allowed["tools"]))
+    return ToolChoice(allowed.get("mode", "auto"), tuple(named_function(tool) for tool in allowed["tools"]))
+
+
+def named_function(value: Any) -> str:
+    """Of {"type": "function", "function": {"name": …}}, and of the flat spelling."""
+    check(isinstance(value, dict) and value.get("type") == "function")
+    function = value.get("function", value)
+    check(isinstance(function, dict) and isinstance(function.get("name"), str))
+    return str(function["name"])
+
+
+def read_function_call(value: Any) -> ToolChoice:
+    if isinstance(value, str):
+        check(value in ("none", "auto"))
+        return ToolChoice(value)
+    check(isinstance(value, dict) and isinstance(value.get("name"), str))
+    return ToolChoice("required", (value["name"],))
+
+
+TOOLS = Kind(
+    f'an array of up to {MOST_TOOLS} of {{"type": "function", "function": {{"name", "description", "parameters", "strict"}}}}',
+    read_tools,
+)
+TOOL_CHOICE = Kind(
+    'none, auto, required, {"type": "function", "function": {"name": …}}, or {"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}',
+    read_tool_choice,
+)
+FUNCTIONS = Kind(f"an array of up to {MOST_TOOLS} of {{name, description, parameters}}", read_functions)
+FUNCTION_CALL = Kind('none, auto, or {"name": …}', read_function_call)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+
+# ─────────────────────────────────────────────────── messages ────────────────────────────────────────────────────
 
 
 def read_messages(value: Any) -> tuple[dict[str, Any], ...]:
-    """[{role, content}] with the content's text parts joined. Other keys that clients send back are dropped."""
+    """[{role, content}] with the content's text parts joined, calls and their results. Other keys that clients send back are dropped."""
     if not isinstance(value, list) or not value:
         raise ApiError(400, "'messages' must be a non-empty array of {role, content}.", "messages")
-    return tuple(read_message(message, f"messages[{i}]") for i, message in enumerate(value))
+    calls: dict[str, str] = {}  # the ids of calls so far → the names
+    answered: set[str] = set()
+    messages = []
+    for i, message in enumerate(value):
+        where = f"messages[{i}]"
+        read = read_message(of_functions(message, i, calls), where)
+        for j, call in enumerate(read.get("tool_calls", ())):
+            if call["id"] in calls:
+                raise ApiError(400, f"'{where}.tool_calls[{j}].id' is that of another call.", f"{where}.tool_calls[{j}].id")
+            calls[call["id"]] = call["function"]["name"]
+        if read["role"] == "tool" and "tool_call_id" in read:
+            id = read["tool_call_id"]
+            if id not in calls or id in answered:
+                why = "answers a call that has been answered" if id in answered else "is the id of no call before it"
+                raise ApiError(400, f"'{where}.tool_call_id' {why}.", f"{where}.tool_call_id")
+            answered.add(id)
+            read.setdefault("name", calls[id])
+        messages.append(read)
+    return tuple(messages)
+
+
+def of_functions(message: Any, at: int, calls: dict[str, str]) -> Any:
+    """A message in the older spelling, {function_call} and role function, in the newer one."""
+    if not isinstance(message, dict):
+        return message
+    if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
+        return {**message, "tool_calls": [{"id": f"call_{at}", "type": "function", "function": message["function_call"]}]}
+    if message.get("role") == "function":
+        id = next((id for id, name in reversed(calls.items()) if name == message.get("name")), f"call_of_{message.get('name')}")
+        return {**message, "role": "tool", "tool_call_id": id}
+    return message
 
 
 def read_message(message: Any, where: str) -> dict[str, Any]:
@@ -257,8 +392,57 @@ def read_message(message: Any, where: str) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role != "assistant":
         raise ApiError(400, f"'{where}.content' must be a string or an array of text parts.", f"{where}.content")
-    kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key)}
+    kept = {}
+    for key in ("name", "tool_call_id"):
+        if message.get(key) is not None and (key == "name" or role == "tool"):
+            if not isinstance(message[key], str) or not message[key]:
+                raise ApiError(400, f"'{where}.{key}' must be a string.", f"{where}.{key}")
+            kept[key] = message[key]
+    if role == "assistant":
+        kept |= read_past(message, where)
+    if role == "tool" and "tool_call_id" not in kept:
+        raise ApiError(
+            400, f"'{where}.tool_call_id' is required: the id of the call that this is the result of.", f"{where}.tool_call_id"
+        )
     return {"role": role, "content": read_content(content, f"{where}.content"), **kept}
+
+
+def read_past(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The reasoning and the calls of a turn that the client sends back."""
+    kept: dict[str, Any] = {}
+    for key in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(key), str) and message[key]:
+            kept["reasoning_content"] = message[key]
+    calls = message.get("tool_calls")
+    if calls is None or calls == []:
+        return kept
+    if not isinstance(calls, list) or len(calls) > MOST_TOOLS:
+        raise ApiError(400, f"'{where}.tool_calls' must be an array of up to {MOST_TOOLS} calls.", f"{where}.tool_calls")
+    return kept | {"tool_calls": [read_past_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]}
+
+
+def read_past_call(call: Any, where: str) -> dict[str, Any]:
+    """{id, type, function: {name, arguments}}, with the arguments as the JSON text of an object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or call.get("type", "function") != "function":
+        raise ApiError(400, f'\'{where}\' must be {{"id", "type": "function", "function": {{"name", "arguments"}}}}.', where)
+    for key, value in (("id", call.get("id")), ("function.name", function.get("name"))):
+        if not isinstance(value, str) or not value or len(value) > 256:
+            raise ApiError(400, f"'{where}.{key}' must be a string of 1 to 256 characters.", f"{where}.{key}")
+    arguments, place = function.get("arguments"), f"{where}.function.arguments"
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif isinstance(arguments, str):
+        try:
+            value = parse_json(arguments.encode() or b"{}")
+        except ApiError as error:
+            raise ApiError(400, f"'{place}': {error.message.replace('The body', 'It')}", place) from None
+        if not isinstance(value, dict):
+            raise ApiError(400, f"'{place}' must be the JSON text of an object.", place)
+        arguments = arguments or "{}"
+    else:
+        raise ApiError(400, f"'{place}' must be the JSON text of an object.", place)
+    return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def read_content(content: Any, where: str) -> str:
@@ -349,14 +533,16 @@ CHAT = GENERATION | {
     "chat_template_kwargs": Field(TEMPLATE_KWARGS, "more variables for the chat template", "template", ({},)),
     "add_generation_prompt": Field(BOOLEAN, "end the prompt with the beginning of an assistant message; default true", "template", (True,)),
     "continue_final_message": Field(BOOLEAN, "go on with the last message, which must be the assistant's", "template", (False,)),
-    "tools": never([]),
-    "tool_choice": never("none", "auto"),
-    "parallel_tool_calls": never(True, False),
-    "functions": never([]),
-    "function_call": never("none", "auto"),
+    "tools": Field(TOOLS, "functions that the model may call", "tools", ([],)),
+    "tool_choice": Field(TOOL_CHOICE, "`none`, `auto`, `required`, one tool, or `allowed_tools`; forced calls satisfy their schema", "tools", ("none", "auto")),
+    "parallel_tool_calls": Field(BOOLEAN, "several calls in one answer; default true", "tools", (True,)),
+    "functions": Field(FUNCTIONS, "the older spelling of `tools`", "tools", ([],)),
+    "function_call": Field(FUNCTION_CALL, "the older spelling of `tool_choice`", "tools", ("none", "auto")),
+    "reasoning_effort": Field(one_of(*EFFORTS), "how much the model reasons, where its template has a switch", "tools"),
+    "thinking_budget": Field(integer(0, BIG), "most tokens of reasoning; then its end is forced", "inside"),
+    "include_reasoning": Field(BOOLEAN, "false: reasoning is left out of the reply; default true"),
     "modalities": never(["text"]),
     "audio": never(),
-    "reasoning_effort": never(),
     "verbosity": never(),
     "web_search_options": never(),
     "chat_template": never(),
@@ -391,12 +577,18 @@ TOKENIZE = {
     "add_generation_prompt": CHAT["add_generation_prompt"],
     "continue_final_message": CHAT["continue_final_message"],
     "chat_template_kwargs": CHAT["chat_template_kwargs"],
+    "tools": CHAT["tools"],
+    "tool_choice": CHAT["tool_choice"],
+    "reasoning_effort": CHAT["reasoning_effort"],
 }
 DETOKENIZE = {"model": GENERATION["model"], "tokens": Field(IDS, "token ids")}
 TEMPLATE = {
     name: CHAT[name]
-    for name in ("model", "messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-}
+    for name in (
+        "model", "messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "tool_choice",
+        "reasoning_effort",
+    )
+}  # fmt: skip
 OPERATE = {
     "model": GENERATION["model"],
     "stream": Field(BOOLEAN, "load: tell the progress as server-sent events"),
@@ -405,14 +597,25 @@ PROMPT_FIELDS = {
     "/chat/completions": "messages", "/embeddings": "input", "/tokenize": "content", "/detokenize": "tokens",
     "/apply-template": "messages",
 }  # fmt: skip
-ALIASES = {"repeat_penalty": "repetition_penalty"}
+ALIASES = {
+    "repeat_penalty": "repetition_penalty",
+    "reasoning_budget_tokens": "thinking_budget",
+    "thinking_token_budget": "thinking_budget",
+}
 INERT = (  # change nothing about an answer
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
 
+
+def forced(values: dict[str, Any]) -> bool:
+    choice = values.get("tool_choice") or values.get("function_call")
+    return choice is not None and choice.mode == "required"
+
+
 # What a value or two fields together need of the engine: (says, condition, field to blame, feature).
 COMBINED: tuple[tuple[str, Callable[[dict[str, Any]], bool], str, str], ...] = (
     ("`echo` with `logprobs`", lambda v: bool(v.get("echo")) and v.get("logprobs") is not None, "echo", "scores"),
+    ("a forced `tool_choice`", lambda v: forced(v), "tool_choice", "constraints"),
     ("a token id in `stop`", lambda v: any(isinstance(item, int) for item in v.get("stop", ())), "stop", "extensions"),
 )
 
@@ -489,6 +692,10 @@ def check_together(values: dict[str, Any]) -> None:
     given = [name for name in CONSTRAINTS if values.get(name)]
     if len(given) > 1:
         raise ApiError(400, f"'{given[1]}' and '{given[0]}' exclude each other.", given[1])
+    if given and forced(values):
+        raise ApiError(
+            400, f"'tool_choice' that forces a call and '{given[0]}' exclude each other: there is no content.", "tool_choice"
+        )
     if given:
         if values.get("echo"):
             raise ApiError(400, "'echo' excludes a constraint: the prompt is no part of what is constrained.", "echo")
@@ -518,12 +725,38 @@ def chat_prompt(values: dict[str, Any]) -> Prompt:
         raise ApiError(
             400, "'continue_final_message' and 'add_generation_prompt' exclude each other.", "continue_final_message"
         )
+    tools, choice = tools_of(values)
     return Prompt(
         messages,
+        tools=tools,
+        tool_choice=choice.mode,
+        callable=choice.names,
+        parallel=values.get("parallel_tool_calls", not values.get("functions")),
+        effort=values.get("reasoning_effort"),
         generation_prompt=values.get("add_generation_prompt", True),
         continue_final=go_on,
         template_kwargs=values.get("chat_template_kwargs", {}),
     )
+
+
+def tools_of(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], ToolChoice]:
+    """What may be called, and whether it must be."""
+    newer = "tools" in values or "functions" not in values
+    tools = values.get("tools" if newer else "functions", ())
+    choice = values.get("tool_choice" if newer else "function_call") or ToolChoice("auto")
+    param = "tool_choice" if newer else "function_call"
+    if not tools and choice.mode == "required":
+        raise ApiError(400, f"'{param}' needs tools to choose from.", param)
+    unknown = set(choice.names or ()) - {tool["function"]["name"] for tool in tools}
+    if unknown:
+        raise ApiError(400, f"'{param}' names {min(unknown)!r}, which is not among the tools.", param)
+    return tools, choice
+
+
+def promised(prompt: Prompt) -> dict[str, Any]:
+    """The tools whose calls satisfy their schema, where they are told as whole: name → schema."""
+    functions = [tool["function"] for tool in prompt.tools]
+    return {f["name"]: f["parameters"] for f in functions if prompt.tool_choice == "required" or f.get("strict")}
 
 
 def constraint_of(values: dict[str, Any]) -> Constraint | None:
@@ -552,6 +785,7 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
         stop_token_ids=tuple(item for item in stop if isinstance(item, int)) + values.get("stop_token_ids", ()),
         logprobs=logprobs,
         grammar=constraint.grammar if constraint else None,
+        thinking_budget=values.get("thinking_budget"),
         **{name: values[name] for name in same if name in values},
     )
 

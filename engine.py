@@ -30,12 +30,15 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar, NamedTuple, Protocol
+
+from tool_parser import Chat, Parser, Part
 
 log = logging.getLogger("openai_api_endpoint")
 
@@ -52,6 +55,11 @@ class Prompt:
     generation_prompt: bool = True  # end with the beginning of an assistant message
     continue_final: bool = False  # end inside the last message, for the model to go on
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables for the template
+    tools: tuple[dict[str, Any], ...] = ()  # [{type: function, function: {name, description, parameters, strict}}]
+    tool_choice: str = "auto"  # | "none" | "required"
+    callable: tuple[str, ...] | None = None  # the names that may be called; None: all of them
+    parallel: bool = True  # several calls in one answer
+    effort: str | None = None  # of reasoning: "none" … "xhigh"
     details: bool = False  # Details are wanted
 
     def least_tokens(self) -> int:
@@ -83,7 +91,8 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100..100); -100 bans
     logprobs: int | None = None  # log-softmax of the raw logits, with so many alternatives; None: not wanted
     echo: bool = False  # the prompt comes first, with logprobs of its own where they are wanted
-    grammar: str | None = None  # GBNF that the completion must follow
+    grammar: str | None = None  # GBNF that the completion must follow; reasoning in front of it is free
+    thinking_budget: int | None = None  # tokens of reasoning, then its end is forced
 
     @property
     def scores_prompt(self) -> bool:
@@ -131,7 +140,7 @@ class Delta(NamedTuple):  # the one that crosses for every token: a tuple is pic
     choice: int
     text: str
     tokens: int
-    finish: str | None = None  # "stop" | "length", set on a choice's last delta
+    finish: str | None = None  # "stop" | "length" | "tool_calls", set on a choice's last delta
     logprobs: tuple[TokenLogprob, ...] = ()
     at: float = 0.0  # seconds on the engine's monotonic clock
     kind: str = "content"  # | "reasoning" | "call" | "arguments": what the text is a part of
@@ -191,6 +200,7 @@ class EngineSpec:
     draft: str = ""  # a small model of the same vocabulary, for speculative decoding
     ngram: int = 0  # speculative decoding by what so many last tokens were followed by before; 0: off
     draft_tokens: int = 0  # how many are guessed at once; 0: the engine's default
+    tool_syntax: str = ""  # takes the place of what is found in the template
     options: tuple[str, ...] = ()  # flags of exllamav3's own model_init, as they stood on the command line
 
 
@@ -208,6 +218,7 @@ class EngineInfo:
     tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
     placement: str = ""  # which devices hold how much of it, where the library tells
     models: tuple[str, ...] = ()  # an upstream's names for what it serves
+    syntax: dict[str, Any] = field(default_factory=dict)  # what was found of tool calls and reasoning in the template
 
 
 # ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
@@ -284,8 +295,9 @@ FEATURES = {  # what an engine may lack → what it is, for the 400
     "constraints": "structured output",
     "template": "control over the chat template",
     "inside": "a look at prompt and tokens",
+    "tools": "tool calls and reasoning",
 }
-BEYOND_OPENAI = frozenset(FEATURES) - {"logit_bias", "top_logprobs"}
+BEYOND_OPENAI = frozenset(FEATURES) - {"logit_bias", "top_logprobs", "tools"}
 UPSTREAMS = {  # other servers as engines → what of FEATURES they lack; what is not known to be honoured there is refused here
     "vllm": frozenset({"embeddings", "inside"}),
     "tensorrt_llm": BEYOND_OPENAI,
@@ -342,33 +354,84 @@ class Choice:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else request.eos)
         self.taken = 0
+        self.parser = request.chat.parser() if request.chat else None
+        self.thinking = (
+            Thinking(request) if request.chat and (request.chat.later or sampling.thinking_budget is not None) else None
+        )
 
-    def take(self, step: Step, backend: Backend) -> Delta:
-        sampling = self.request.sampling
-        text, finish, count = "", None, 0
+    def take(self, step: Step, backend: Backend) -> list[Delta]:
+        """At least one delta; several where the text is of several kinds."""
+        sampling, parser = self.request.sampling, self.parser
+        finish, text = None, ""
+        parts: list[Part] = []
         logprobs: list[TokenLogprob] = []
         if self.taken == 0 and sampling.echo:
             text, logprobs = self.request.text, self.prompt_logprobs(step.scores, backend)
         for i, token in enumerate(step.tokens):
-            if finish or self.taken >= (sampling.max_tokens or 0):
+            if finish or self.taken >= (sampling.max_tokens or 0) or (self.thinking and self.thinking.again is not None):
                 break
-            count += 1
             self.taken += 1
             may_end = self.taken > sampling.min_tokens
             ended = may_end and token in self.ends
+            data = self.request.view(token, backend) if parser else backend.piece(token, False)
             if step.logprobs:
-                shown = not ended and bool(backend.piece(token, False))  # special tokens are no text
-                logprobs.append(named(token, step.logprobs[i], backend, shown))
+                logprobs.append(named(token, step.logprobs[i], backend, not ended and bool(data)))
+            inside = parser is not None and parser.reasoning
+            parts.append(Part("reasoning" if inside else "content", "", 1))
             if ended:
-                finish, text = "stop" if token in self.request.eos else "cut", text + self.rest()
-                break
-            piece = self.utf8.decode(backend.piece(token, False))
-            safe, hit = self.gate.feed(piece) if may_end else (piece, False)
-            text += safe
-            finish = "cut" if hit else None
+                finish, piece = "stop" if token in self.request.eos else "cut", self.rest()
+            else:
+                piece = self.utf8.decode(data)
+                piece, hit = self.gate.feed(piece) if may_end else (piece, False)
+                finish = "cut" if hit else None
+            if parser:
+                parts += parser.feed(piece) if piece else ()
+                if self.thinking and not finish:
+                    parts += self.thinking.look(token, inside, parser, backend)
+            else:
+                text += piece
+        if self.thinking and self.thinking.restarted:
+            self.begin_again(parts)
         if not finish and self.taken >= (sampling.max_tokens or 0):
-            finish, text = "length", text + self.rest()
-        return Delta(self.index, text, count, finish, tuple(logprobs), time.monotonic())
+            finish, piece = "length", self.rest()
+            parts += parser.feed(piece) if parser else ()
+            text += "" if parser else piece
+            if self.thinking:
+                self.thinking.again = None
+        if parser and finish:
+            parts += parser.finish(finish != "stop")
+            finish = self.called(finish)
+        return self.deltas(parts, text, finish, tuple(logprobs))
+
+    def begin_again(self, parts: list[Part]) -> None:
+        """What came is forgotten: it had no reasoning, and did not follow the grammar that comes after it."""
+        assert self.request.chat and self.thinking
+        self.taken, self.parser, self.thinking.restarted = 0, self.request.chat.parser(), False
+        self.utf8.reset()
+        parts.clear()
+
+    def called(self, finish: str) -> str:
+        """The finish reason, where there may be calls: a call that did not come to its end is told as one that was cut."""
+        assert self.parser
+        if not self.parser.calls or finish == "length":
+            return finish
+        return "tool_calls" if self.parser.whole else "length"
+
+    def deltas(self, parts: list[Part], text: str, finish: str | None, logprobs: tuple[TokenLogprob, ...]) -> list[Delta]:
+        """One for each run of one kind; the last has what ends it."""
+        now = time.monotonic()
+        if not self.parser:
+            return [Delta(self.index, text, sum(part.tokens for part in parts), finish, logprobs, now)]
+        found: list[Delta] = []
+        for kind, piece, tokens in (Part("content", text, 0), *parts):
+            if found and (found[-1].kind == kind != "call" or not piece and kind == "content"):
+                found[-1] = found[-1]._replace(text=found[-1].text + piece, tokens=found[-1].tokens + tokens)
+            elif piece or tokens:
+                id = f"call_{uuid.uuid4().hex[:24]}" if kind == "call" else ""
+                found.append(Delta(self.index, piece, tokens, None, (), now, kind, id))
+        found = found or [Delta(self.index, "", 0, None, (), now)]
+        found[-1] = found[-1]._replace(finish=finish, logprobs=logprobs)
+        return found
 
     def rest(self) -> str:
         """What is left in the decoder and behind the gate when no more tokens come."""
@@ -378,6 +441,44 @@ class Choice:
     def prompt_logprobs(self, scores: Sequence[Scored], backend: Backend) -> list[TokenLogprob]:
         ids = self.request.ids[self.request.hidden :]
         return [named(token, score, backend) for token, score in zip(ids, scores[self.request.hidden :], strict=False)]
+
+
+class Thinking:
+    """What is to be done where reasoning ends: a grammar begins, or the end itself is forced once there was too much of it.
+
+    Both are the same move, which every engine knows: the sequence is cancelled, and started again with what there is.
+    """
+
+    def __init__(self, request: Request):
+        assert request.chat
+        self.request, self.chat = request, request.chat
+        self.pending = self.chat.later  # the grammar has not begun
+        self.tokens: list[int] = []  # that have come so far
+        self.thought, self.reasoned = 0, False  # tokens of reasoning, and whether there was any
+        self.again: list[int] | None = None  # ids of the prompt to start again with
+        self.restarted = False  # with nothing of what has come
+
+    def look(self, token: int, inside: bool, parser: Parser, backend: Backend) -> list[Part]:
+        """After each token; `inside`: it came within reasoning. Returns what forcing the end of reasoning brings."""
+        self.tokens.append(token)
+        self.thought += inside
+        self.reasoned |= inside or parser.reasoning
+        budget = self.request.sampling.thinking_budget
+        if parser.reasoning:
+            if budget is not None and self.thought >= budget:
+                self.again = [*self.request.ids, *self.tokens, *backend.tokenize(self.chat.think_end, False)]
+                self.pending = False
+                return parser.feed(self.chat.think_end)
+        elif self.pending and self.reasoned:
+            self.pending, self.again = False, [*self.request.ids, *self.tokens]
+        elif self.pending and not parser.fresh:
+            self.pending, self.again, self.restarted = False, list(self.request.ids), True
+            self.tokens = []
+        return []
+
+    def started_again(self) -> None:
+        assert self.again is not None
+        self.tokens, self.again = self.again[len(self.request.ids) :], None
 
 
 def named(token: int, score: Scored, backend: Backend, shown: bool = True) -> TokenLogprob:
@@ -399,7 +500,24 @@ class Request:
     hidden: int  # tokens at the beginning that the tokenizer added, and the client did not send
     sampling: Sampling
     eos: frozenset[int]
+    chat: Chat | None = None  # how its text is taken apart; None: it is not
+    views: dict[int, bytes] = field(default_factory=dict)
     siblings: list[Choice] = field(default_factory=list)  # held back until the first choice's prefill can be reused
+
+    def view(self, token: int, backend: Backend) -> bytes:
+        """A token's text, for the parser: special tokens are empty unless they are marks of its."""
+        data = self.views.get(token)
+        if data is None:
+            data = backend.piece(token, False)
+            if (
+                not data
+                and self.chat
+                and (whole := backend.piece(token, True))
+                and whole.decode("utf-8", "replace") in self.chat.marks
+            ):
+                data = whole
+            self.views[token] = data
+        return data
 
 
 def readable(conn: Connection) -> Callable[[], bool]:
@@ -500,7 +618,9 @@ class EngineLoop:
         context = self.backend.context
         if prompt.least_tokens() > context:
             raise too_long("the prompt", "is far longer than", context)
-        text, ids, hidden = encode(self.backend, prompt)
+        chat, text, ids, hidden = self.read_prompt(prompt, sampling)
+        if chat:
+            sampling = replace(sampling, grammar=chat.grammar if chat.later else chat.whole_grammar or chat.grammar)
         room = context - len(ids)
         if not ids:
             raise Refused("The prompt is empty.", "prompt")
@@ -521,7 +641,17 @@ class EngineLoop:
             max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
         )
-        return Request(job, client, text, ids, hidden, sampling, self.backend.eos)
+        return Request(job, client, text, ids, hidden, sampling, self.backend.eos, chat if chat and chat.syntax else None)
+
+    def read_prompt(self, prompt: Prompt, sampling: Sampling) -> tuple[Chat | None, str, list[int], int]:
+        """What the template makes of a conversation; (…, text, token ids, how many of them the tokenizer added in front)."""
+        prepare = getattr(self.backend.template, "prepare", None)
+        if prompt.messages is None or prepare is None:
+            return None, *encode(self.backend, prompt)
+        chat: Chat = prepare(prompt, sampling)
+        if chat.whole_grammar and not all(self.backend.piece(t, False) for t in self.backend.tokenize(chat.think_end, False)):
+            chat = replace(chat, later=True)  # special tokens are nothing to a grammar
+        return chat, *encode(self.backend, replace(prompt, messages=None, text=chat.text), chat=True)
 
     def next_waiting(self) -> Choice:
         """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""
@@ -544,6 +674,8 @@ class EngineLoop:
                 continue
             # 2**32 - 1 is llama.cpp's word for "any seed"
             own = replace(sampling, seed=(sampling.seed + choice.index) % (2**32 - 1), n=1)
+            if choice.thinking and choice.thinking.pending:
+                own = replace(own, grammar=None)
             started = self.guarded(request.job, "start", lambda: self.backend.start(request.ids, own))  # noqa: B023
             if started is None:
                 continue
@@ -555,6 +687,7 @@ class EngineLoop:
     def step(self) -> None:
         if not self.active:
             return
+        again = []
         for step in self.backend.step():
             choice = self.active.get(step.seq)
             if choice is None:
@@ -567,15 +700,38 @@ class EngineLoop:
             elif self.emit(choice, step):
                 del self.active[step.seq]
                 self.backend.cancel(step.seq)
+            elif choice.thinking and choice.thinking.again is not None:
+                del self.active[step.seq]
+                self.backend.cancel(step.seq)
+                again.append(choice)
+        for choice in again:
+            self.start_again(choice)
+
+    def start_again(self, choice: Choice) -> None:
+        """Its reasoning has ended, or was ended: from here on with what there is, and the grammar."""
+        request, thinking = choice.request, choice.thinking
+        assert thinking and thinking.again is not None and request.sampling.seed is not None
+        ids, sampling = thinking.again, request.sampling
+        own = replace(
+            sampling,
+            n=1,
+            seed=(sampling.seed + choice.index) % (2**32 - 1),  # type: ignore[operator]
+            max_tokens=(sampling.max_tokens or 0) - choice.taken,
+            min_tokens=max(0, sampling.min_tokens - choice.taken),
+        )
+        thinking.started_again()
+        started = self.guarded(request.job, "start", lambda: self.backend.start(ids, own))
+        if started is not None:
+            self.active[started[0]] = choice
 
     def emit(self, choice: Choice, step: Step) -> bool:
         """Send what a step brought. True when the choice has finished."""
-        delta = choice.take(step, self.backend)
-        self.out.append((choice.request.job, delta))
+        deltas = choice.take(step, self.backend)
+        self.out += [(choice.request.job, delta) for delta in deltas]
         if choice.request.siblings:
             self.waiting.extendleft(reversed(choice.request.siblings))
             choice.request.siblings = []
-        return delta.finish is not None
+        return deltas[-1].finish is not None
 
     def cancel(self, job: int) -> None:
         self.waiting = deque(c for c in self.waiting if c.request.job != job)
@@ -607,10 +763,10 @@ def known(backend: Backend, ids: Any) -> Any:
     return ids
 
 
-def encode(backend: Backend, prompt: Prompt) -> tuple[str, list[int], int]:
-    """(text, token ids, how many of them the tokenizer added in front)."""
-    if prompt.messages is not None:
-        text = backend.template.render(prompt)
+def encode(backend: Backend, prompt: Prompt, chat: bool = False) -> tuple[str, list[int], int]:
+    """(text, token ids, how many of them the tokenizer added in front). `chat`: the text is what a template has made."""
+    if prompt.messages is not None or chat:
+        text = backend.template.render(prompt) if not chat else prompt.text or ""
         if len(text) // 32 > backend.context:  # tool calls and the like count too
             raise too_long("the prompt", "is far longer than", backend.context)
         return text, known(backend, backend.tokenize(text, False)), 0
@@ -627,7 +783,7 @@ def encode(backend: Backend, prompt: Prompt) -> tuple[str, list[int], int]:
 def call_tokenize(backend: Backend, prompt: Prompt, add_special: bool, pieces: bool) -> Iterator[dict[str, Any]]:
     if prompt.least_tokens() > 4 * backend.context:
         raise too_long("the text", "is far longer than", backend.context)
-    text = backend.template.render(prompt) if prompt.messages is not None else prompt.text or ""
+    text = rendered(backend, prompt) if prompt.messages is not None else prompt.text or ""
     ids = backend.tokenize(text, add_special)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": backend.context}
     if pieces:
@@ -640,7 +796,12 @@ def call_detokenize(backend: Backend, tokens: Sequence[int]) -> Iterator[str]:
 
 
 def call_render(backend: Backend, prompt: Prompt) -> Iterator[str]:
-    yield backend.template.render(prompt)
+    yield rendered(backend, prompt)
+
+
+def rendered(backend: Backend, prompt: Prompt) -> str:
+    prepare = getattr(backend.template, "prepare", None)
+    return prepare(prompt, Sampling()).text if prepare else backend.template.render(prompt)
 
 
 def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any] | None]:
@@ -709,6 +870,8 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         tell("failed", f"{spec.path}: {one_line(error)}")
         return
     backend.context = min(backend.context, spec.length or backend.context)
+    if spec.tool_syntax:
+        backend.template.tool_syntax = spec.tool_syntax  # type: ignore[attr-defined]
     info = EngineInfo(
         backend=spec.backend,
         library=backend.library,
@@ -719,6 +882,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
         placement=getattr(backend, "placement", ""),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
+        syntax=getattr(backend.template, "about", {}),
     )
     tell("ready", info)
     gc.collect()

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from backends import BACKENDS, LACKS, WITH_EMBEDDINGS
 from catalog import LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
 from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, log
+from tool_parser import KNOWN
 from upstream import Upstream
 
 # ──────────────────────────────────────────────────── profiles ───────────────────────────────────────────────────
@@ -122,6 +123,8 @@ def add_model_args(group: argparse._ArgumentGroup) -> None:
     add("--alias", "--served-model-name", type=alias, action="append", default=[], metavar="[ID=]NAME",
         help="the name that clients see and may ask for; with several models ID=NAME; repeatable")  # fmt: skip
     add("--chat-template", metavar="FILE", help="Jinja chat template to use instead of the model's own")
+    add("--tool-syntax", choices=sorted(KNOWN),
+        help="how the model writes tool calls, where its chat template does not show it")  # fmt: skip
 
 
 def add_default_args(group: argparse._ArgumentGroup) -> None:
@@ -336,7 +339,7 @@ def init(args: argparse.Namespace) -> Models:
         return EngineSpec(
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
-            draft_tokens=args.num_draft_tokens or 0, options=tuple(args.exllamav3),
+            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or "", options=tuple(args.exllamav3),
             flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 
@@ -441,7 +444,7 @@ def upstream_model(args: argparse.Namespace) -> Model:
         raise UsageError(f"--upstream {args.upstream}: not a URL like http://localhost:8000")
     if args.upstream_key_env and not os.environ.get(args.upstream_key_env):
         raise UsageError(f"--upstream-key-env {args.upstream_key_env}: there is no such environment variable")
-    for flag in ("model_dir", "models_dir", "chat_template", "cache_size", "length", "record", *engine_flags()):
+    for flag in ("model_dir", "models_dir", "chat_template", "tool_syntax", "cache_size", "length", "record", *engine_flags()):
         if getattr(args, flag, None) not in UNSET:
             raise UsageError(f"{spelled(flag)} has no meaning with --upstream: that server has its own")
     if profile_of(args).top_k and "extensions" in LACKS["openai" if args.backend == "auto" else args.backend]:

@@ -63,6 +63,7 @@ from api_request import (
     check_together,
     constraint_of,
     parse_json,
+    promised,
     read_fields,
     refuse_lacking,
     require,
@@ -221,7 +222,11 @@ class Handler(Connection):
         self.reply(200, self.model_card(model))
 
     def get_capabilities(self) -> None:
-        self.reply(200, capabilities(self.server.models.backend(self.queried_model())))
+        models, model = self.server.models, self.queried_model()
+        life = models.lives.get(model.id)
+        info = life.engine.info if life and life.engine else None
+        found = {"template": info.syntax} if info and info.syntax else {}  # known once the model is loaded
+        self.reply(200, capabilities(models.backend(model)) | found)
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
@@ -320,6 +325,10 @@ class Handler(Connection):
             shape,
             sampling.logprobs is not None,
             constraint_of(values),
+            promised=promised(prompts[0]),
+            reasons=shape is CHAT_SHAPE and bool(job.engine.info.syntax.get("reasoning")),
+            hide_reasoning=values.get("include_reasoning") is False,
+            functions="functions" in values and "tools" not in values,
         )
         answer = Generation(self, job, completion, bool(told))
         self.server.peers.add(self, job.wake)
@@ -713,8 +722,19 @@ def banner(server: Server, engine: AnyEngine) -> str:
     placed = f", {info.placement}" if info.placement else ""
     return f"""
   {name}
-  {info.library}{inside}, {info.slots} slots{cache}{placed}
+  {info.library}{inside}, {info.slots} slots{cache}{placed}{template_line(info.syntax)}
 {listening(server)}"""
+
+
+def template_line(syntax: dict[str, Any]) -> str:
+    """What the chat template was found to know."""
+    if not syntax:
+        return ""
+    calls = syntax["tool_calls"] or "none shown (--tool-syntax)"
+    reasoning = syntax["reasoning"]
+    reasons = " … ".join(reasoning) if isinstance(reasoning, list) else reasoning or "none"
+    switch = f", switch {syntax['thinking_switch']}" if syntax["thinking_switch"] else ""
+    return f"\n  tool calls: {calls}; reasoning: {reasons}{switch}"
 
 
 def listening(server: Server) -> str:

@@ -18,6 +18,7 @@ import socket
 import ssl
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -292,6 +293,7 @@ def request_body(prompts: Sequence[Prompt], s: Sampling, model: str) -> tuple[st
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     if first.messages is not None:
         path, body["messages"] = "/chat/completions", list(first.messages)
+        body |= tool_fields(first)
         body |= {} if s.logprobs is None else {"logprobs": True, "top_logprobs": s.logprobs}
         body |= {"chat_template_kwargs": first.template_kwargs} if first.template_kwargs else {}
         body |= {"continue_final_message": True} if first.continue_final else {}
@@ -313,6 +315,21 @@ def request_body(prompts: Sequence[Prompt], s: Sampling, model: str) -> tuple[st
     body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias}} if s.logit_bias else {}
     body |= {"structured_outputs": {"grammar": s.grammar}} if s.grammar else {}
     return path, body
+
+
+def tool_fields(prompt: Prompt) -> dict[str, Any]:
+    """Tools and reasoning, as OpenAI's request has them."""
+    fields: dict[str, Any] = {"reasoning_effort": prompt.effort} if prompt.effort else {}
+    if not prompt.tools:
+        return fields
+    names = prompt.callable or ()
+    choice: Any = prompt.tool_choice
+    if choice == "required" and len(names) == 1:
+        choice = {"type": "function", "function": {"name": names[0]}}
+    elif names:
+        functions = [{"type": "function", "function": {"name": name}} for name in names]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": choice, "tools": functions}}
+    return fields | {"tools": list(prompt.tools), "tool_choice": choice, "parallel_tool_calls": prompt.parallel}
 
 
 def for_vllm(s: Sampling) -> dict[str, Any]:
@@ -512,6 +529,7 @@ class Answer:
         self.finish: dict[int, str] = {}
         self.usage: dict[str, Any] = {}
         self.pieces = 0
+        self.calls: dict[int, int] = {}  # by choice: the index of the call that began last
 
     def take(self, chunk: dict[str, Any]) -> None:
         for choice in chunk.get("choices") or ():
@@ -527,6 +545,10 @@ class Answer:
         self.job.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
         # Where the upstream counts nothing, a piece is a token, as near as it gets.
         tokens = int(usage.get("completion_tokens", self.pieces)) if self.sampling.max_tokens != 0 else 0  # vLLM counts one
+        thought = int((usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
+        if thought and self.finish:
+            self.job.put(Delta(next(iter(self.finish)), "", min(thought, tokens), None, (), now, "reasoning"))
+            tokens -= min(thought, tokens)
         for index, finish in self.finish.items():
             self.job.put(Delta(index, "", tokens, finish, (), now))
             tokens = 0
@@ -534,22 +556,42 @@ class Answer:
     def choice(self, choice: dict[str, Any]) -> None:
         delta = choice.get("delta") or {}
         index, text = int(choice["index"]), choice.get("text") or delta.get("content") or ""
-        if delta.get("reasoning") or delta.get("reasoning_content"):  # dropped, it would be paid for and not seen
-            raise UpstreamFailed("it splits reasoning from the answer: start it without a reasoning parser")
         if not 0 <= index < self.job.open:
             raise UpstreamFailed(f"it answers with a choice {index} that nobody asked for")
         logprobs = tuple(named_logprobs(choice.get("logprobs") or {})) if self.sampling.logprobs is not None else ()
         if logprobs and choice.get("finish_reason") == "stop" and not isinstance(choice.get("stop_reason", ""), str):
             logprobs = (*logprobs[:-1], logprobs[-1]._replace(shown=False))  # vLLM: an EOS or a stop token
-        if text or logprobs:
+        now = time.monotonic()
+        found = [Delta(index, kind=kind, id=id, text=said, tokens=0, at=now) for kind, said, id in self.special(index, delta)]
+        if text or (logprobs and not found):
+            found.append(Delta(index, text, 0, None, (), now))
+        if found:
             self.pieces += 1
-            self.job.put(Delta(index, text, 0, None, logprobs, time.monotonic()))
+            found[-1] = found[-1]._replace(logprobs=logprobs)
+        for one in found:
+            self.job.put(one)
         finish = choice.get("finish_reason")
-        if finish and finish not in ("stop", "length", "content_filter"):
+        if finish and finish not in ("stop", "length", "content_filter", "tool_calls"):
             raise UpstreamFailed(f"it ended a choice with {finish!r}")
         if finish:
             cut = finish == "stop" and (self.sampling.stop or self.sampling.stop_token_ids)
-            self.finish[index] = "cut" if cut else finish
+            called = finish == "stop" and index in self.calls  # OpenAI's word where a call was forced
+            self.finish[index] = "tool_calls" if called else "cut" if cut else finish
+
+    def special(self, index: int, delta: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+        """(kind, text, id) of reasoning and of calls. A call's own index only says where another one begins."""
+        if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
+            yield "reasoning", reasoning, ""
+        for call in delta.get("tool_calls") or ():
+            function, number = call.get("function") or {}, int(call.get("index") or 0)
+            last = self.calls.get(index, -1)
+            if function.get("name") and number > last:
+                self.calls[index] = number
+                yield "call", function["name"], call.get("id") or f"call_{uuid.uuid4().hex[:24]}"
+            elif number != last:
+                raise UpstreamFailed("it goes on with a tool call that has not begun, or has ended")
+            if function.get("arguments"):
+                yield "arguments", function["arguments"], ""
 
 
 def named_logprobs(given: dict[str, Any]) -> Iterator[TokenLogprob]:

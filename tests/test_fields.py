@@ -120,8 +120,8 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
     ({"logprobs": 1}, "logprobs"),
     ({"response_format": "json"}, "response_format"),
-    ({"reasoning_effort": "low"}, "reasoning_effort"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"reasoning_effort": "lots"}, "reasoning_effort"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tool_choice": "required"}, "tool_choice"),
 ]
 
@@ -269,7 +269,7 @@ def test_messages():
         {"role": "developer", "content": "d", "name": "n"},
         {"role": "user", "content": ""},
         {"role": "assistant", "refusal": None, "audio": None, "annotations": [], "provider_specific_fields": {}},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"a": 1}}}]},
         {"role": "tool", "content": "t", "tool_call_id": "1"},
     ]
     assert read_fields({"messages": sent}, CHAT).values["messages"] == (
@@ -277,8 +277,12 @@ def test_messages():
         {"role": "developer", "content": "d", "name": "n"},
         {"role": "user", "content": ""},
         {"role": "assistant", "content": ""},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
-        {"role": "tool", "content": "t", "tool_call_id": "1"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "content": "t", "tool_call_id": "1", "name": "f"},
     )
 
 

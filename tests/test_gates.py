@@ -62,7 +62,7 @@ def choice(stop=(), stop_ids=(), max_tokens=100, **fields):
 def run(c, data, step=1):
     text, tokens = "", 0
     for at in range(0, len(data), step):
-        delta = c.take(Step(0, list(data[at : at + step])), Bytes())
+        (delta,) = c.take(Step(0, list(data[at : at + step])), Bytes())
         text, tokens = text + delta.text, tokens + delta.tokens
         if delta.finish:
             return text, tokens, delta.finish

@@ -319,6 +319,7 @@ SHOWN_ELSEWHERE = {
     "test_backends.py": "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty n seed stop max_tokens",
     "test_endpoint.py": "model stream stream_options max_completion_tokens",
     "test_constrained.py": "response_format structured_outputs",
+    "test_tools.py": "tools tool_choice parallel_tool_calls functions function_call reasoning_effort thinking_budget include_reasoning",
     "test_fields.py": "best_of json_schema grammar guided_json guided_regex guided_choice guided_grammar",
 }
 

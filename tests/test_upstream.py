@@ -172,10 +172,33 @@ def test_what_vllm_says_in_another_way(front, far):
         far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(choices=[last]) + USAGE + DONE)
         content = front.chat("Hello", logprobs=True)[1]["choices"][0]["logprobs"]["content"]
         assert [entry["token"] for entry in content] == shown
-    thought = {"index": 0, "delta": {"reasoning": "hmm"}, "finish_reason": None}
-    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(choices=[thought]), go_on=False)
-    status, body, _ = front.chat("Hello")
-    assert status == 502 and "reasoning parser" in body["error"]["message"]
+
+
+def test_reasoning_and_calls_of_an_upstream(front, far):
+    """What its parsers have taken apart comes back as it is; a call's index says where another begins."""
+    deltas = [
+        {"reasoning": "hm"},
+        {"reasoning_content": "m"},
+        {"content": "So: "},
+        {"tool_calls": [{"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"x": '}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
+        {"tool_calls": [{"index": 1, "id": "b", "type": "function", "function": {"name": "g", "arguments": "{}"}}]},
+    ]
+    said = b"".join(chunk(choices=[{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas)
+    last = chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])
+    far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + said + last + USAGE + DONE)
+    functions = [{"type": "function", "function": {"name": name}} for name in "fg"]
+    status, reply, _ = front.chat("Hello", tools=functions, tool_choice="required", reasoning_effort="low")
+    assert status == 200
+    assert reply["choices"][0]["message"] == {
+        "role": "assistant", "content": "So: ", "refusal": None, "reasoning_content": "hmm", "reasoning": "hmm",
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+            {"id": "b", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+        ],
+    }  # fmt: skip
+    assert reply["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_one_that_listens_no_more_and_lets_its_streams_hang(front, far):

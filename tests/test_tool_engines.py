@@ -1,0 +1,116 @@
+"""Tool calls on the real engines, with the demo model: what is forced is called, parses, and satisfies its schema."""
+
+import json
+
+import jsonschema
+import pytest
+from conftest import serve_one, sse
+
+from backends import missing_library
+from engine import EngineSpec
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather in a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 40}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+}
+ADD = {
+    "name": "add",
+    "description": "Adds two integers",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+}
+TOOLS = [{"type": "function", "function": function} for function in (WEATHER, ADD)]
+SCHEMAS = {function["name"]: function["parameters"] for function in (WEATHER, ADD)}
+CASES = {
+    "required": {"tool_choice": "required"},
+    "named": {"tool_choice": {"type": "function", "function": {"name": "add"}}},
+    "single": {"tool_choice": "required", "parallel_tool_calls": False},
+    "strict": {
+        "tools": [{"type": "function", "function": f | {"strict": True}} for f in (WEATHER, ADD)],
+        "tool_choice": "required",
+    },
+}
+RUNS = 20
+
+
+@pytest.fixture(scope="module", params=["openvino", "llamacpp", "transformers"])
+def engine(request, demo):
+    if lack := missing_library(request.param):
+        pytest.skip(lack)
+    path = request.getfixturevalue("hf_folder") if request.param == "transformers" else demo.path
+    with serve_one(demo, EngineSpec(request.param, str(path), 8, 0, 16384, tool_syntax="hermes"), max_jobs=400) as served:
+        yield served
+
+
+def assembled(events):
+    """(calls, finish reason) of a stream, as a client puts them together."""
+    calls, finish = {}, None
+    for event in events:
+        for choice in event["choices"]:
+            for call in choice["delta"].get("tool_calls", ()):
+                into = calls.setdefault(call["index"], {"id": call.get("id"), "function": {"name": "", "arguments": ""}})
+                for name, text in call["function"].items():
+                    into["function"][name] += text
+            finish = choice["finish_reason"] or finish
+    return [calls[i] for i in sorted(calls)], finish
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forced(engine, name):
+    whole = 0
+    for seed in range(RUNS):
+        body = {
+            "messages": [{"role": "user", "content": "What is the weather in Paris, and what is 2 plus 3?"}],
+            "tools": TOOLS, "max_tokens": 200, "temperature": 1.0, "seed": seed, **CASES[name],
+        }  # fmt: skip
+        if seed % 2:
+            status, raw, _ = engine.request("POST", "/v1/chat/completions", body | {"stream": True})
+            assert status == 200, raw
+            calls, finish = assembled(sse(raw))
+        else:
+            status, reply, _ = engine.request("POST", "/v1/chat/completions", body)
+            assert status == 200, reply
+            message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
+            calls = message["tool_calls"]
+            assert message["content"] is None
+        assert finish in ("tool_calls", "length") and calls and len({call["id"] for call in calls}) == len(calls)
+        assert len(calls) == 1 or name not in ("single",)
+        for call in calls if finish == "tool_calls" else calls[:-1]:
+            assert name != "named" or call["function"]["name"] == "add"
+            jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMAS[call["function"]["name"]])
+        whole += finish == "tool_calls"
+    assert whole >= RUNS * 0.7
+
+
+def test_auto_is_told_as_it_is(engine):
+    """A model this small answers in words or calls; whatever it does, the reply has its shape."""
+    body = {"messages": [{"role": "user", "content": "Add 2 and 3."}], "tools": TOOLS, "max_tokens": 60, "temperature": 0}
+    _, reply, _ = engine.request("POST", "/v1/chat/completions", body)
+    choice = reply["choices"][0]
+    assert (choice["finish_reason"] == "tool_calls") <= bool(choice["message"].get("tool_calls"))
+    _, raw, _ = engine.request("POST", "/v1/chat/completions", body | {"stream": True})
+    text = "".join(c["delta"].get("content") or "" for e in sse(raw) for c in e["choices"])
+    assert text == (choice["message"]["content"] or "")
+
+
+def test_a_loop(engine):
+    """The call, its result, and the answer: the history goes back as it came."""
+    messages = [{"role": "user", "content": "What is 2 plus 3?"}]
+    body = {"messages": messages, "tools": TOOLS, "max_tokens": 120, "temperature": 0}
+    _, reply, _ = engine.request("POST", "/v1/chat/completions", body | {"tool_choice": CASES["named"]["tool_choice"]})
+    message = reply["choices"][0]["message"]
+    messages += [message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "5"}]
+    status, reply, _ = engine.request("POST", "/v1/chat/completions", body | {"tool_choice": "none"})
+    assert status == 200 and reply["choices"][0]["message"]["content"]
+    _, prompt, _ = engine.request("POST", "/apply-template", {"messages": messages, "tools": TOOLS})
+    assert '"name": "add"' in prompt["prompt"] and "get_weather" in prompt["prompt"]
