@@ -157,6 +157,7 @@ class ChatTemplate:
             after_reasoning(grammar, *syntax.think, inside)
             if grammar and syntax.think[1] and (inside or self.may_think(prompt, text))
             else None,
+            optional=sampling.grammar is None and not forced,
         )
 
     def render_tools(self, prompt: Prompt) -> str:

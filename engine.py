@@ -649,6 +649,13 @@ class EngineLoop:
         if prompt.messages is None or prepare is None:
             return None, *encode(self.backend, prompt)
         chat: Chat = prepare(prompt, sampling)
+        opener = chat.syntax.openers[0] if chat.syntax and chat.syntax.openers else ""
+        if (
+            chat.grammar
+            and chat.optional
+            and not all(self.backend.piece(t, False) for t in self.backend.tokenize(opener, False))
+        ):
+            chat = replace(chat, grammar=None, whole_grammar=None)
         if chat.whole_grammar and not all(self.backend.piece(t, False) for t in self.backend.tokenize(chat.think_end, False)):
             chat = replace(chat, later=True)  # special tokens are nothing to a grammar
         return chat, *encode(self.backend, replace(prompt, messages=None, text=chat.text), chat=True)

@@ -1,109 +1,228 @@
-"""The grammar of tool calls: what a model must write where calls are forced, or may write where a tool is strict. Text to text."""
+"""The grammar of tool calls: what a model must write where calls are forced, and may write where a tool is strict. Text to text.
+
+Written in what constraints.py writes: rules named root and r0, r1, …, positive classes, and repetition of single rules only.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from constraints import schema_grammar
-from tool_parser import Syntax
+from constraints import Unsupported, regex_grammar, schema_grammar
+from tool_parser import Syntax, kinds_of
 
-RULE = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|[A-Za-z][\w-]*|\n', re.S)
+TOKEN = re.compile(r'("(?:\\.|[^"\\])*")|(\[(?:\\.|[^\]\\])*\])|\b([A-Za-z]\w*)\b', re.S)
+FORMS = ("json", "named", "tagged", "pythonic", "functionary")  # that a grammar is written for; others are forced as bare JSON
+
+
+class Rules:
+    """A grammar while it is written: each body becomes a rule, and is spoken of by its name."""
+
+    def __init__(self) -> None:
+        self.bodies: list[str] = []
+
+    def add(self, body: str) -> str:
+        self.bodies.append(body)
+        return f"r{len(self.bodies) - 1}"
+
+    def include(self, grammar: str) -> str:
+        """The rules of another grammar, under names of their own: the name of its root."""
+        lines = dict(line.split(" ::= ", 1) for line in grammar.strip().splitlines() if line.strip())
+        names = {name: f"r{len(self.bodies) + i}" for i, name in enumerate(lines)}
+        self.bodies += [TOKEN.sub(lambda m: m[1] or m[2] or names[m[3]], body) for body in lines.values()]
+        return names["root"]
+
+    def schema(self, schema: Any) -> str:
+        return self.include(schema_grammar(schema))
+
+    def maybe(self, body: str) -> str:
+        return f"{self.add(body)}?"
+
+    def many(self, body: str) -> str:
+        return f"{self.add(body)}*"
+
+    def one_of(self, bodies: Iterable[str]) -> str:
+        return self.add(" | ".join(bodies))
+
+    def space(self) -> str:
+        """Up to three blanks and newlines."""
+        blank = self.add("[ \\u000A]".replace(" ", "\\u0020"))
+        return f"{blank}? {blank}? {blank}?"
+
+    def up_to(self, mark: str, then: str = "") -> str:
+        """Any text up to the first time that the mark stands in it, and the mark. (Knuth's, Morris' and Pratt's automaton.)
+
+        `then`: what follows the mark; the text may then also end without it.
+        """
+        first = len(self.bodies)
+        for state in range(len(mark)):
+            ways = []
+            for letter in dict.fromkeys(mark):
+                to = longest(mark, mark[:state] + letter)
+                if to:
+                    ways.append(f"{quoted(letter)} {f'r{first + to}' if to < len(mark) else then}".strip())
+            known = "".join(dict.fromkeys(letter for letter in mark if longest(mark, mark[:state] + letter)))
+            ways.append(f"{other_than(known)} r{first}")
+            self.bodies.append(" | ".join([*ways, '""'] if then else ways))
+        return f"r{first}"
+
+    def text(self, root: str) -> str:
+        return "\n".join([f"root ::= {root}", *(f"r{i} ::= {body}" for i, body in enumerate(self.bodies))]) + "\n"
+
+
+def longest(mark: str, seen: str) -> int:
+    """The length of the longest beginning of `mark` that `seen` ends in."""
+    return next(n for n in range(len(seen), -1, -1) if n <= len(mark) and seen.endswith(mark[:n]))
+
+
+@functools.lru_cache(256)
+def other_than(letters: str) -> str:
+    """The class of all characters but these."""
+    return regex_grammar("[^" + "".join(f"\\U{ord(letter):08x}" for letter in letters) + "]").strip().removeprefix("root ::= ")
+
+
+def quoted(text: str) -> str:
+    """A literal; what is no printable ASCII is escaped."""
+    if not text:
+        return ""
+    escape = {'"': '\\"', "\\": "\\\\"}
+    plain = (
+        escape.get(c) or (c if " " <= c < "\x7f" else f"\\u{ord(c):04X}" if c < "\U00010000" else f"\\U{ord(c):08X}")
+        for c in text
+    )
+    return f'"{"".join(plain)}"'
+
+
+def joined(*parts: str) -> str:
+    return " ".join(filter(None, parts))
+
+
+class CallsGrammar(NamedTuple):
+    text: str | None  # GBNF; None: nothing is constrained
+    neutral: bool = False  # calls come as bare JSON objects, whatever the syntax
 
 
 def calls_grammar(
     syntax: Syntax, tools: Sequence[dict[str, Any]], names: Sequence[str] | None, forced: bool, parallel: bool
-) -> tuple[str | None, bool]:
-    """(GBNF or None where nothing is constrained, whether calls come as bare JSON objects). Raises Unsupported."""
-    functions = [tool["function"] for tool in tools]
-    if not forced:
-        return None, False
-    named = names is not None and len(names) == 1
-    functions = [f for f in functions if names is None or f["name"] in names]
-    native = syntax.form in ("json", "named") and not syntax.quote and bool(syntax.before or syntax.bare)
-    before, between, after, middle = (
-        (syntax.before, syntax.between, syntax.after, syntax.middle) if native else ("", "", "", "")
-    )
-    rules, calls = [], []
-    for number, function in enumerate(functions):
-        rules.append(prefixed(schema_grammar(parameters_of(function)), f"t{number}x"))
-        calls.append(call_body(syntax if native else Syntax(form="json"), function["name"], middle, f"t{number}xroot", number))
-    again = f" ({quoted(between)} call)*" if parallel and between and not named else ""
-    head = [f"root ::= {quoted(before)} call{again} {quoted(after)}", f"call ::= {' | '.join(calls)}"]
-    return "\n".join([*head, *rules]) + "\n", not native
-
-
-def parameters_of(function: dict[str, Any]) -> Any:
-    schema = function.get("parameters")
-    return schema if schema else {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-def call_body(syntax: Syntax, name: str, middle: str, arguments: str, number: int) -> str:
-    if syntax.form == "named":
-        return f"{quoted(name + middle.replace(chr(0), str(number)))} {arguments}"
-    if not syntax.name_keys:
-        return f"{quoted('{' + json.dumps(name) + ': ')} {arguments} {quoted('}')}"
-    head = f'{{"{syntax.name_keys[0]}": {json.dumps(name)}, "{syntax.argument_keys[0]}": '
-    return f"{quoted(head)} {arguments} {quoted('}')}"
-
-
-def quoted(text: str) -> str:
-    """A literal; every character outside printable ASCII is escaped."""
-    out = []
-    for char in text:
-        code = ord(char)
-        if char in '"\\':
-            out.append("\\" + char)
-        elif 32 <= code < 127:
-            out.append(char)
-        else:
-            out.append(
-                {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char) or (f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}")
-            )
-    return f'"{"".join(out)}"'
-
-
-def prefixed(grammar: str, prefix: str) -> str:
-    """The same grammar with other names for its rules, so that it can stand beside others."""
-    return RULE.sub(lambda hit: prefix + hit.group() if hit.group()[0].isalpha() else hit.group(), grammar).strip()
+) -> CallsGrammar:
+    """Forced: one call or, `parallel`, more. Else, where a tool is strict: any text, and calls once one is begun. Raises Unsupported."""
+    functions = [tool["function"] for tool in tools if names is None or tool["function"]["name"] in names]
+    native = syntax.form in FORMS and not syntax.quote and bool(syntax.before or syntax.bare or syntax.form in FORMS[3:])
+    if not forced and not (native and any(function.get("strict") for function in functions)):
+        return CallsGrammar(None)
+    form = spoken(syntax) if native else Syntax(form="json")
+    rules = Rules()
+    call = rules.one_of(one_call(rules, form, function, number, forced) for number, function in enumerate(functions))
+    single = not parallel or not form.between or (forced and names is not None and len(names) == 1)
+    again = "" if single else rules.many(joined(quoted(form.between), call))
+    if forced:
+        return CallsGrammar(rules.text(joined(quoted(form.before), call, again, quoted(form.after))), not native)
+    opener = syntax.openers[0] if syntax.openers else ""
+    if not opener or not form.before.startswith(opener):
+        return CallsGrammar(None)
+    calls = rules.add(joined(quoted(form.before[len(opener) :]), call, again, quoted(form.after)))
+    return CallsGrammar(rules.text(rules.up_to(opener, calls)))
 
 
 def after_reasoning(grammar: str, begin: str, end: str, inside: bool) -> str:
     """The same grammar with free reasoning in front: up to its end mark where it is open, else between its marks or none at all."""
-    rules = [f"root ::= {'free0' if inside else f'(space {quoted(begin)} free0)?'} space gxroot"]
-    rules += ["space ::= ([ \\n] ([ \\n] [ \\n]?)?)?", *text_up_to(end, "free"), prefixed(grammar, "gx")]
-    return "\n".join(rules) + "\n"
+    rules = Rules()
+    own, thought = rules.include(grammar), rules.up_to(end)
+    thought = thought if inside else rules.maybe(joined(rules.space(), quoted(begin), thought))
+    return rules.text(joined(thought, rules.space(), own))
 
 
-def text_up_to(mark: str, name: str) -> list[str]:
-    """Rules name0, name1, …: any text up to the first time that the mark stands in it, and the mark. (Knuth, Morris and Pratt's.)"""
-    letters = list(dict.fromkeys(mark))
-    rules = []
-    for state in range(len(mark)):
-        ways = []
-        for letter in letters:
-            seen = mark[:state] + letter
-            to = next(n for n in range(len(seen), -1, -1) if n <= len(mark) and mark.startswith(seen[len(seen) - n :]))
-            ways.append((letter, to))
-        moves = [f"{quoted(letter)} {name}{to}" if to < len(mark) else quoted(letter) for letter, to in ways if to]
-        back = "".join(class_letter(letter) for letter, to in ways if to)
-        rules.append(f"{name}{state} ::= {' | '.join([*moves, f'[^{back}] {name}0'])}")
-    return rules
+def spoken(syntax: Syntax) -> Syntax:
+    """The syntax with what stands around its calls, where its record has no words for that."""
+    if syntax.form == "pythonic":
+        opener, closer = "" if syntax.bare else "".join(syntax.openers[:1]), "".join(syntax.closers[:1])
+        return replace(syntax, before=f"{opener}[", between=", ", after=f"]{closer}")
+    if syntax.form == "functionary":
+        return replace(syntax, form="named", middle="\n", between=">>>")
+    return syntax
 
 
-def class_letter(letter: str) -> str:
-    """A character in a class."""
-    code = ord(letter)
-    return letter if letter.isascii() and letter.isalnum() else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+def one_call(rules: Rules, syntax: Syntax, function: Mapping[str, Any], number: int, promised: bool) -> str:
+    """A tool that is not strict takes any arguments, but where all calls are promised to fit."""
+    name, schema = function["name"], parameters_of(function) if promised or function.get("strict") else {"type": "object"}
+    if syntax.form == "tagged":
+        return joined(quoted(name + syntax.middle.replace("\0", str(number))), fenced_arguments(rules, syntax, schema))
+    if syntax.form == "pythonic":
+        return joined(quoted(f"{name}("), python_arguments(rules, schema), quoted(")"))
+    arguments = rules.schema(schema)
+    if syntax.form == "named":
+        return joined(quoted(name + syntax.middle.replace("\0", str(number))), arguments)
+    head = f"{{{json.dumps(name)}: "
+    if syntax.name_keys:
+        head = f'{{"{syntax.name_keys[0]}": {json.dumps(name)}, "{syntax.argument_keys[0]}": '
+    return joined(quoted(head), arguments, quoted("}"))
+
+
+def parameters_of(function: Mapping[str, Any]) -> Any:
+    schema = function.get("parameters")
+    return schema if schema else {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def properties_of(schema: Any) -> list[tuple[str, Any, bool]]:
+    """(name, schema with what it may refer to, whether it is required) of each property, in the schema's order."""
+    schema_grammar(schema)  # what of it is not supported is refused here as anywhere
+    properties = schema.get("properties", {}) if isinstance(schema, dict) else None
+    if not isinstance(properties, dict):
+        raise Unsupported("parameters that are no object with properties are not supported")
+    around = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    whole = {key: {**own, **around} if isinstance(own, dict) else own for key, own in properties.items()}
+    return [(key, own, key in schema.get("required", ())) for key, own in whole.items()]
+
+
+def fenced_arguments(rules: Rules, syntax: Syntax, schema: Any) -> str:
+    """Keys and values in fences. A string is any text up to its fence: the reply is checked when it is whole."""
+    line, apart = "\n" if syntax.value_line else "", "\n" if syntax.middle.endswith("\n") else ""
+    end, parts = line + syntax.value_end, []
+    for key, own, required in properties_of(schema):
+        kinds = kinds_of(own, schema) or frozenset(("string",))
+        listed = own.get("enum") if isinstance(own, dict) else None
+        head = quoted(syntax.key[0] + key + syntax.key[1].replace("\0", type_word(syntax, kinds)) + line)
+        if kinds != frozenset(("string",)):
+            value = joined(rules.schema(own), quoted(end + apart))
+        elif listed:
+            value = joined(rules.one_of(quoted(item) or '""' for item in listed), quoted(end + apart))
+        else:
+            value = joined(rules.up_to(end), quoted(apart))
+        parts.append(joined(head, value) if required else rules.maybe(joined(head, value)))
+    return joined(*parts)
+
+
+def type_word(syntax: Syntax, kinds: frozenset[str]) -> str:
+    """What the syntax says of a value's type: whether it is a string, or its name."""
+    if kinds == frozenset(("string",)):
+        return syntax.text_type
+    kind = next(iter(kinds)) if len(kinds) == 1 else "object"
+    return "false" if syntax.text_type == "true" else {"integer": "number"}.get(kind, kind)
+
+
+def python_arguments(rules: Rules, schema: Any) -> str:
+    """k=v, …, with JSON for values: first those that are required, then any of the others."""
+    pairs = [(joined(quoted(f"{key}="), rules.schema(own)), required) for key, own, required in properties_of(schema)]
+    needed, others = [pair for pair, required in pairs if required], [pair for pair, required in pairs if not required]
+    comma = quoted(", ")
+    if needed:
+        return joined(f" {comma} ".join(needed), *(rules.maybe(joined(comma, other)) for other in others))
+    ways = [joined(other, *(rules.maybe(joined(comma, o)) for o in others[i + 1 :])) for i, other in enumerate(others)]
+    return f"{rules.one_of(ways)}?" if ways else ""
+
+
+# ───────────────────────────────────────── calls as text, for a history ──────────────────────────────────────────
 
 
 def written(syntax: Syntax, calls: Sequence[tuple[str, str]]) -> str:
     """Calls, (name, JSON text of the arguments), as the model writes them; in a syntax of fences, as bare JSON."""
     if syntax.form == "pythonic":
-        lists = [f"{name}({python_arguments(arguments)})" for name, arguments in calls]
-        return f"{''.join(syntax.openers[:1])}[{', '.join(lists)}]{''.join(syntax.closers[:1])}"
+        form = spoken(syntax)
+        return form.before + form.between.join(f"{name}({as_python(arguments)})" for name, arguments in calls) + form.after
     if syntax.form == "named" and syntax.before:
         texts = [f"{name}{syntax.middle.replace(chr(0), str(i))}{arguments}" for i, (name, arguments) in enumerate(calls)]
     elif syntax.name_keys:
@@ -114,8 +233,8 @@ def written(syntax: Syntax, calls: Sequence[tuple[str, str]]) -> str:
     return f"{syntax.before}{(syntax.between or ' ').join(texts)}{syntax.after}" if native else "\n".join(texts)
 
 
-def python_arguments(arguments: str) -> str:
+def as_python(arguments: str) -> str:
     try:
         return ", ".join(f"{key}={value!r}" for key, value in json.loads(arguments).items())
-    except ValueError:
+    except ValueError:  # the example of a template that shows no tools
         return "PARAMETER=VALUE"

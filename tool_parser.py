@@ -270,6 +270,7 @@ class Chat:
     neutral: bool = False  # calls may come as bare JSON objects
     grammar: str | None = None  # that the completion must follow, once its reasoning has ended
     whole_grammar: str | None = None  # the same with free reasoning in front; None: there is none
+    optional: bool = False  # the grammar is dropped where the engine cannot see the marks as text
     later: bool = False  # the engine cannot see the marks as text: `grammar` begins where reasoning ends
 
     @property
@@ -523,6 +524,9 @@ class Parser:
 
     def run(self) -> Steps:
         form = self.syntax.form
+        if self.bare and form in ("channels", "functionary"):
+            yield from self.space()
+            form = "json" if (yield from self.peek()) == "{" else form
         if form == "channels":
             yield from self.channels()
         elif form == "functionary":
