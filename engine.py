@@ -145,6 +145,7 @@ class Delta(NamedTuple):  # the one that crosses for every token: a tuple is pic
     at: float = 0.0  # seconds on the engine's monotonic clock
     kind: str = "content"  # | "reasoning" | "call" | "arguments": what the text is a part of
     id: str = ""  # of a call that begins
+    stop: str = ""  # the stop string that ended the choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,7 @@ class EngineInfo:
     placement: str = ""  # which devices hold how much of it, where the library tells
     models: tuple[str, ...] = ()  # an upstream's names for what it serves
     syntax: dict[str, Any] = field(default_factory=dict)  # what was found of tool calls and reasoning in the template
+    defaults: dict[str, float] = field(default_factory=dict)  # the sampling of a request that does not say; empty: not known
 
 
 # ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
@@ -320,6 +322,7 @@ class StopGate:
         self.heads = {s[0] for s in stops}
         self.reach = max(map(len, stops), default=1) - 1
         self.held = ""
+        self.hit = ""  # the stop string that was met
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Returns (text that is safe to show, whether a stop string was met). Feed nothing after a hit."""
@@ -328,8 +331,9 @@ class StopGate:
         text = self.held + text
         hits = [(at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0]
         if hits:
-            self.held = ""
-            return text[: min(hits)[1]], True
+            end, at = min(hits)
+            self.held, self.hit = "", text[at:end]
+            return text[:at], True
         cut = len(text)
         for at in range(max(0, len(text) - self.reach), len(text)):
             if text[at] in self.heads and any(s.startswith(text[at:]) for s in self.stops):
@@ -421,7 +425,7 @@ class Choice:
         """One for each run of one kind; the last has what ends it."""
         now = time.monotonic()
         if not self.parser:
-            return [Delta(self.index, text, sum(part.tokens for part in parts), finish, logprobs, now)]
+            return [Delta(self.index, text, sum(part.tokens for part in parts), finish, logprobs, now, stop=self.gate.hit)]
         found: list[Delta] = []
         for kind, piece, tokens in (Part("content", text, 0), *parts):
             if found and (found[-1].kind == kind != "call" or not piece and kind == "content"):
@@ -430,7 +434,7 @@ class Choice:
                 id = f"call_{uuid.uuid4().hex[:24]}" if kind == "call" else ""
                 found.append(Delta(self.index, piece, tokens, None, (), now, kind, id))
         found = found or [Delta(self.index, "", 0, None, (), now)]
-        found[-1] = found[-1]._replace(finish=finish, logprobs=logprobs)
+        found[-1] = found[-1]._replace(finish=finish, logprobs=logprobs, stop=self.gate.hit)
         return found
 
     def rest(self) -> str:
@@ -890,6 +894,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         placement=getattr(backend, "placement", ""),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
         syntax=getattr(backend.template, "about", {}),
+        defaults=FALLBACK | backend.defaults,
     )
     tell("ready", info)
     gc.collect()

@@ -18,22 +18,27 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import hmac
 import logging
 import os
 import random
 import re
+import secrets
 import signal
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import messages_api
 import model_init
-from api_errors import ApiError, as_api_error
+import responses_api
+from api_errors import ApiError, as_api_error, rename
 from api_reply import (
     CHAT_SHAPE,
     DONE,
@@ -41,6 +46,7 @@ from api_reply import (
     Choice,
     Chunks,
     Completion,
+    Rendering,
     Shape,
     compact,
     embedding,
@@ -49,6 +55,7 @@ from api_reply import (
     sse,
 )
 from api_request import (
+    BODIES,
     CHAT,
     COMPLETIONS,
     DETOKENIZE,
@@ -74,6 +81,7 @@ from catalog import Model, UsageError
 from engine import LOG_FORMAT, Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
 from http11 import PEER_CHECK_S, Connection, HttpServer, PeerGone
 from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
+from state import State, StateError, default_path
 
 VERSION = "0.2.0"
 
@@ -81,7 +89,7 @@ VERSION = "0.2.0"
 
 CORS = (
     ("Access-Control-Allow-Origin", "*"),
-    ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+    ("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS"),
     ("Access-Control-Allow-Headers", "*, Authorization"),
     ("Access-Control-Max-Age", "86400"),
 )
@@ -91,21 +99,30 @@ class Handler(Connection):
     """The requests of one connection: each finds its route, and the route's method answers it."""
 
     server: Server
+    names: Iterable[tuple[str, str]] = ()  # a chat request's fields → what a dialect calls them, for errors
+    rendering: Rendering | None = None  # how the stream that has begun is told
 
     def answer(self) -> None:
+        self.names, self.rendering = (), None
         self.body = self.read_body()
         self.route()
 
     def fail(self, error: Exception) -> None:
         told = as_api_error(error)
+        path = getattr(self, "path", "").partition("?")[0].rstrip("/").removeprefix("/v1")
+        rename(told, self.names)
         if isinstance(error, Refused) and told.param == "prompt":  # the engine's word for it, on every route
-            told.param = PROMPT_FIELDS.get(self.path.partition("?")[0].rstrip("/").removeprefix("/v1"), "prompt")
+            told.param = PROMPT_FIELDS.get(path, "prompt")
         self.log_note += f" {told.message[:300]}"
         if self.streaming:
-            return self.end_stream(sse(told.body()) + DONE)
+            return self.end_stream(self.rendering.failed(told) if self.rendering else sse(told.body()) + DONE)
         if told.close:
             self.close_connection = True
-        self.reply(told.status, told.body(), told.headers)
+        if path == "/messages" or path.startswith("/messages/"):
+            body, status = messages_api.error_body(told, self.request_id), messages_api.error_status(told)
+        else:
+            body, status = told.body(), told.status
+        self.reply(status, body, told.headers)
         if told.close:
             self.linger()
 
@@ -134,9 +151,7 @@ class Handler(Connection):
         path = path[3:] or "/" if path == "/v1" or path.startswith("/v1/") else path
         if self.command == "OPTIONS":
             return self.reply(204, None, CORS[1:])
-        methods, argument = ROUTES.get(path), None
-        if methods is None and path.startswith("/models/"):
-            methods, argument = ROUTES["/models/{id}"], unquote(path[len("/models/") :])
+        methods, argument = find_route(path)
         if methods is None:
             raise ApiError(404, f"There is no {path[:200]}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
         action = methods.get("GET" if self.command == "HEAD" else self.command)
@@ -226,7 +241,7 @@ class Handler(Connection):
         life = models.lives.get(model.id)
         info = life.engine.info if life and life.engine else None
         found = {"template": info.syntax} if info and info.syntax else {}  # known once the model is loaded
-        self.reply(200, capabilities(models.backend(model)) | found)
+        self.reply(200, capabilities(models.backend(model), TABLES) | found)
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
@@ -237,8 +252,8 @@ class Handler(Connection):
 
     # ── POST routes that generate ──
 
-    def read(self, table: dict[str, Field]) -> dict[str, Any]:
-        """The body's fields, and self.model. Names that nobody knows are told in a header."""
+    def read(self, table: dict[str, Field], chat: bool = True) -> dict[str, Any]:
+        """The body's fields, and self.model. Names that nobody knows are told in a header. `chat`: no dialect's body."""
         body, models, unknown = parse_json(self.body), self.server.models, None
         asked = body.get("model") if isinstance(body, dict) else None
         try:
@@ -246,14 +261,25 @@ class Handler(Connection):
         except UnknownModel as error:
             unknown, self.model = error, models.default()  # a bad field is told first
         values, ignored = read_fields(body, table, models.backend(self.model), self.server.strict)
-        self.server.note_ignored(ignored)
-        if ignored:
-            self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in ignored[:32])))
-        self.check_profile(values)
+        self.ignore(ignored)
+        if chat:
+            self.check_profile(values)
         if unknown:
             status = int(models.limits.unknown) if asked and models.limits.unknown.isdigit() else 404 if asked else 400
             raise ApiError(status, f"{unknown}.", "model", "model_not_found" if asked else None)
         return values
+
+    def ignore(self, names: list[str]) -> None:
+        self.server.note_ignored(names)
+        if names:
+            self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in names[:32])))
+
+    def read_chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What a dialect has made a chat request of, read as one."""
+        values, _ = read_fields(body, CHAT, self.server.models.backend(self.model))
+        self.check_profile(values)
+        check_together(values)
+        return self.server.profile.sampling() | values
 
     def check_profile(self, values: dict[str, Any]) -> None:
         """What the profile asks of every request."""
@@ -270,6 +296,10 @@ class Handler(Connection):
         """Who asks, for fairness: an API key from an address."""
         key = self.headers.get("Authorization", "") or self.headers.get("X-Api-Key", "")
         return f"{self.client_address[0]} {hash(key)}"
+
+    def owner(self) -> str:
+        """Whose the stored responses are: whoever may use this server, for as long as it has one key or none."""
+        return ""
 
     def prefers_to_wait(self) -> float | None:
         """`Prefer: wait=N` (RFC 7240, section 4.3), in seconds."""
@@ -302,16 +332,24 @@ class Handler(Connection):
         check_together(values)
         self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE, 16)
 
-    def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape, max_tokens: int | None) -> None:
-        """`max_tokens`: where the request does not say."""
+    def generate(
+        self,
+        prompts: list[Prompt],
+        values: dict[str, Any],
+        shape: Shape,
+        max_tokens: int | None,
+        cut: bool = False,
+        render: Callable[[Completion], Rendering] | None = None,
+    ) -> None:
+        """`max_tokens`: where the request does not say. `cut`: it is cut down to what fits. `render`: as a dialect tells it."""
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
             refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
         if told or self.server.record:
             prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
-        if sampling.max_tokens is None:
-            sampling = replace(sampling, max_tokens=max_tokens, cut=True)
+        if sampling.max_tokens is None or cut:
+            sampling = replace(sampling, max_tokens=sampling.max_tokens or max_tokens, cut=True)
         client = self.client()
         job = self.submit(
             lambda engine: engine.submit(prompts, sampling, client, self.model.id if self.model.served_by else "")
@@ -330,11 +368,12 @@ class Handler(Connection):
             hide_reasoning=values.get("include_reasoning") is False,
             functions="functions" in values and "tools" not in values,
         )
-        answer = Generation(self, job, completion, bool(told))
+        self.rendering = render(completion) if render else Chunks(completion, values.get("stream_options", False))
+        answer = Generation(self, job, completion, self.rendering, bool(told))
         self.server.peers.add(self, job.wake)
         try:
             if values.get("stream"):
-                answer.stream(values.get("stream_options", False))
+                answer.stream()
             else:
                 answer.reply()
             self.server.note_request(self.path, self.body, self.request_id, completion, answer.debug())
@@ -464,8 +503,8 @@ class Generation:
     thread, which calls `sink` with each event: a handler wakes for what is more than the next chunk.
     """
 
-    def __init__(self, handler: Handler, job: Job, completion: Completion, told: bool):
-        self.handler, self.job, self.completion = handler, job, completion
+    def __init__(self, handler: Handler, job: Job, completion: Completion, rendering: Rendering, told: bool):
+        self.handler, self.job, self.completion, self.rendering = handler, job, completion, rendering
         self.told = told  # what the model was given, as well
         self.first_delta = 0.0  # when it came, by this process's clock
         self.clock = 0.0  # since when the engine owes us something; 0: it has not taken the job
@@ -476,7 +515,7 @@ class Generation:
         self.sink = self.keep
         for delta in self.deltas(streaming=False):
             self.add(delta)
-        self.handler.reply(200, self.completion.reply() | (self.debug() if self.told else {}))
+        self.handler.reply(200, self.rendering.whole(self.debug() if self.told else {}))
 
     def begin(self, event: Event | Exception) -> bool:
         """The engine has taken the job, which nobody needs to wake for."""
@@ -496,40 +535,41 @@ class Generation:
         self.first_delta = self.first_delta or time.monotonic()
         self.completion.choices[delta.choice].logprobs += self.completion.add(delta).logprobs
 
-    def stream(self, include_usage: bool) -> None:
-        handler, completion, chunks = self.handler, self.completion, Chunks(self.completion, include_usage)
+    def stream(self) -> None:
+        handler, completion, chunks = self.handler, self.completion, self.rendering
         if handler.can_write_now():
             self.sink = self.passing_on(chunks)
         data = b""
         for delta in self.deltas(streaming=True):
+            data = data if self.first_delta else chunks.opening()
             self.first_delta = self.first_delta or time.monotonic()
             data += chunks.delta(completion.add(delta))
             if delta.finish and all(choice.finish for choice in completion.choices):
                 break  # this goes with the end
             if not handler.streaming:
-                handler.begin_stream(chunks.opening() + data)
+                handler.begin_stream(data)
             elif data:
                 handler.write(handler.framed(data))
             data = b""
-        data += chunks.last(**self.debug()) if self.told else b""
-        if include_usage:
-            data += chunks.last(usage=completion.usage(), timings=completion.timings())
+        data += chunks.end(self.debug() if self.told else {})
         if not handler.streaming:
-            handler.begin_stream(chunks.opening())
-        handler.end_stream(data + DONE)
+            handler.begin_stream(data)
+            data = b""
+        handler.end_stream(data)
 
-    def passing_on(self, chunks: Chunks) -> Sink:
+    def passing_on(self, chunks: Rendering) -> Sink:
         """A sink that writes a chunk for each delta, until the socket takes no more: then it is the handler's, who may wait."""
         handler, add, chunk = self.handler, self.completion.add, chunks.delta
 
         def pass_on(event: Event | Exception) -> bool:
             if not isinstance(event, Delta) or event.finish is not None or self.unsent:
                 return self.begin(event)
-            data = chunk(add(event))
+            data = b"" if handler.streaming else chunks.opening()
+            data += chunk(add(event))
             self.clock = time.monotonic()
             if not handler.streaming:
                 self.first_delta = self.clock
-                data = handler.stream_head(chunks.opening() + data)
+                data = handler.stream_head(data)
             elif data:
                 data = handler.framed(data)
             else:
@@ -595,6 +635,113 @@ class Generation:
         return note + f" finish={','.join(c.finish or 'none' for c in completion.choices)}"
 
 
+class Dialects(Handler):
+    """The routes of /v1/responses and /v1/messages: each makes a chat request of its body, and tells the completion its own way."""
+
+    def responses_turn(self, table: dict[str, Field]) -> responses_api.Turn:
+        """The request, translated, with the conversation that it continues."""
+        values, state = self.read(table, chat=False), self.server.state
+        if values.get("store") and state is None:
+            raise ApiError(400, "'store' is off: this server keeps no responses (--state none).", "store", "state_off")
+        values["store"] = state is not None and values.get("store", True)
+        past, before = [], values.get("previous_response_id")
+        if before is not None:
+            found = state.chain(self.owner(), before) if state else None
+            if found is None:
+                says = f"There is no response {before[:80]!r} to go on from: it was not stored, was deleted, or is too old."
+                raise ApiError(404, says, "previous_response_id", "previous_response_not_found")
+            past = found
+        find = functools.partial(state.item, self.owner()) if state else lambda _: None
+        turn = responses_api.Turn(values, past, find, self.server.key, self.server.drop_hosted)
+        self.names = turn.names
+        self.ignore(turn.dropped)
+        return turn
+
+    def post_responses(self) -> None:
+        turn = self.responses_turn(responses_api.RESPONSES)
+        values = self.read_chat(turn.chat)
+
+        def keep(response: dict[str, Any]) -> None:
+            if response["store"] and self.server.state:
+                try:
+                    self.server.state.put(self.owner(), response, turn.given)
+                except sqlite3.Error as error:
+                    log.error("%s could not be stored: %s", response["id"], error)
+                    response["store"] = False
+
+        def render(completion: Completion) -> Rendering:
+            return responses_api.Answer(completion, turn, self.sampling_defaults(), keep)
+
+        self.generate([chat_prompt(values)], values, responses_api.SHAPE, self.server.profile.max_tokens, render=render)
+
+    def sampling_defaults(self) -> dict[str, float]:
+        engine = self.server.models.lives[self.model.id].engine
+        return (engine.info.defaults if engine and engine.info else {}) | self.server.profile.sampling()
+
+    def post_input_tokens(self) -> None:
+        count = self.count(self.responses_turn(responses_api.BODIES["/responses/input_tokens"]).chat)
+        self.reply(200, {"object": "response.input_tokens", "input_tokens": count})
+
+    def count(self, chat: dict[str, Any]) -> int:
+        """The tokens of a prompt, as the usage of an answer would tell them."""
+        prompt = chat_prompt(self.read_chat(chat))
+        return int(self.ask("tokenize", prompt=prompt, add_special=False, pieces=False)["count"])
+
+    def stored(self, id: str, read: Callable[[State, str, str], Any]) -> Any:
+        found = read(self.server.state, self.owner(), id) if self.server.state else None
+        if found is None:
+            raise ApiError(
+                404, f"There is no response {id[:80]!r}: it was not stored, was deleted, or is too old.", "id", "not_found"
+            )
+        return found
+
+    def get_responses(self) -> None:
+        if self.headers.get("Upgrade"):
+            raise ApiError(426, "There are no WebSockets here: POST the request instead.", code="no_websocket")
+        raise ApiError(405, "GET is not allowed here, but POST, OPTIONS is.", headers=[("Allow", "POST, OPTIONS")])
+
+    def get_response(self, id: str) -> None:
+        self.reply(200, self.stored(id, State.get))
+
+    def delete_response(self, id: str) -> None:
+        self.stored(id, lambda state, owner, id: state.delete(owner, id) or None)
+        self.reply(200, {"id": id, "object": "response", "deleted": True})
+
+    def get_input_items(self, id: str) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        self.reply(200, responses_api.page(self.stored(id, State.given), query))
+
+    def post_cancel(self, id: str) -> None:
+        self.stored(id, State.get)
+        raise ApiError(
+            400, "Only a response with background: true can be cancelled, and this one was not.", "id", "not_cancellable"
+        )
+
+    def messages_turn(self, values: dict[str, Any]) -> messages_api.Turn:
+        self.extra.append(("request-id", self.request_id))  # Anthropic's name for it
+        turn = messages_api.Turn(values, self.server.key)
+        self.names = turn.names
+        return turn
+
+    def post_messages(self) -> None:
+        values, limit = self.read(messages_api.MESSAGES, chat=False), self.server.profile.max_tokens_limit
+        for name in ("max_tokens", "messages"):
+            require(values, name, messages_api.MESSAGES)
+        values["max_tokens"] = min(values["max_tokens"], limit or values["max_tokens"])
+        turn = self.messages_turn(values)
+        values = self.read_chat(turn.chat)
+
+        def render(completion: Completion) -> Rendering:
+            return messages_api.Answer(completion, turn)
+
+        self.generate([chat_prompt(values)], values, messages_api.SHAPE, None, cut=True, render=render)
+
+    def post_count_tokens(self) -> None:
+        values = self.read(messages_api.BODIES["/messages/count_tokens"], chat=False)
+        require(values, "messages", messages_api.MESSAGES)
+        self.reply(200, {"input_tokens": self.count(self.messages_turn(values).chat)})
+
+
 # ───────────────────────────────────────────────────── routes ────────────────────────────────────────────────────
 
 Action = Callable[..., None]
@@ -610,6 +757,13 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/models/unload": {"POST": Handler.post_unload},
     "/chat/completions": {"POST": Handler.post_chat_completions},
     "/completions": {"POST": Handler.post_completions},
+    "/responses": {"GET": Dialects.get_responses, "POST": Dialects.post_responses},
+    "/responses/input_tokens": {"POST": Dialects.post_input_tokens},
+    "/responses/{id}": {"GET": Dialects.get_response, "DELETE": Dialects.delete_response},
+    "/responses/{id}/input_items": {"GET": Dialects.get_input_items},
+    "/responses/{id}/cancel": {"POST": Dialects.post_cancel},
+    "/messages": {"POST": Dialects.post_messages},
+    "/messages/count_tokens": {"POST": Dialects.post_count_tokens},
     "/embeddings": {"POST": Handler.post_embeddings},
     "/tokenize": {"POST": Handler.post_tokenize},
     "/detokenize": {"POST": Handler.post_detokenize},
@@ -617,6 +771,22 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
 }
 OPERATORS = {Handler.post_load, Handler.post_unload}  # only with --admin
 OPEN_TO_ALL = {Handler.get_root, Handler.get_health, Handler.get_healthz}  # no API key needed
+
+
+TABLES = BODIES | responses_api.BODIES | messages_api.BODIES  # the fields of every route's body
+PATTERNS = sorted((path.split("{id}") for path in ROUTES if "{id}" in path), key=lambda ends: -len(ends[1]))
+
+
+def find_route(path: str) -> tuple[dict[str, Action] | None, str | None]:
+    """(the methods of a path, the {id} in it)."""
+    if path in ROUTES and "{" not in path:
+        return ROUTES[path], None
+    for before, after in PATTERNS:
+        if path.startswith(before) and path.endswith(after) and len(path) > len(before) + len(after):
+            id = path[len(before) : len(path) - len(after)]
+            if before == "/models/" or "/" not in id:  # a model's id may have slashes
+                return ROUTES[f"{before}{{id}}{after}"], unquote(id)
+    return None, None
 
 
 class Server(HttpServer):
@@ -634,14 +804,19 @@ class Server(HttpServer):
         record: str = "",
         profile: Profile | None = None,
         admin: str | None = None,
+        state: State | Literal["memory", "none"] = "memory",
+        drop_hosted: bool = False,
     ):
         self.profile = profile or Profile()
         self.admin = admin  # None: no operator's routes; "": for whoever may use the others; else their key
         self.models, self.api_key, self.request_timeout = models, api_key, request_timeout
+        self.state = state if isinstance(state, State) else State() if state == "memory" else None  # of /v1/responses
+        self.key = self.state.key if self.state else secrets.token_bytes(32)  # of what clients keep and send back
+        self.drop_hosted = drop_hosted  # tools that this server does not have are left out, not refused
         self.strict, self.record, self.record_lock = strict, record, threading.Lock()
         self.ignored_seen: set[str] = set()
         self.listing: tuple[Any, bytes] = (None, b"")  # of GET /v1/models: what it was made from, and its JSON
-        super().__init__(address, Handler, max_body)
+        super().__init__(address, Dialects, max_body)
 
     def note_ignored(self, names: list[str]) -> None:
         for name in (name[:64] for name in names):
@@ -653,7 +828,7 @@ class Server(HttpServer):
         """--record: one line of JSON per answered request, enough for examples/replay.py to run it again."""
         if not self.record:
             return
-        answers = [{"text": "".join(choice.text), "finish_reason": choice.finish} for choice in completion.choices]
+        answers = [{"text": choice.text, "finish_reason": choice.finish} for choice in completion.choices]
         line = {
             "time": completion.created,
             "request_id": request_id,
@@ -700,6 +875,14 @@ def make_parser() -> Parser:
     add("-p", "--port", type=model_init.whole(0, 65535), help="port, 0: any free one; default: the profile's (8000)")
     add("--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them")
     add("--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py")
+    add("--state", default="", metavar="FILE",
+        help="where /v1/responses keeps what it is to store; none: nowhere; default: a file in the user's state folder")  # fmt: skip
+    add("--state-ttl", type=model_init.seconds, default=30 * 86400.0, metavar="S",
+        help="seconds that a stored response is kept (default 30 days)")  # fmt: skip
+    add("--state-size", type=model_init.whole(1, 1 << 30), default=1024, metavar="MIB",
+        help="MiB of stored responses; beyond it the oldest are dropped (default 1024)")  # fmt: skip
+    add("--hosted-tools", choices=["refuse", "drop"], default="refuse",
+        help="tools that only OpenAI has (web_search, …), in a request to /v1/responses: refused, or left out and told so")  # fmt: skip
     add("--grace", type=model_init.seconds, default=10.0, metavar="S",
         help="seconds that running answers get when the server is stopped (default 10)")  # fmt: skip
     add("--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
@@ -752,6 +935,20 @@ def listening(server: Server) -> str:
 """
 
 
+def open_state(args: argparse.Namespace) -> State | Literal["memory", "none"]:
+    """The file of --state. Where only the default one cannot be used, responses are kept in memory, and the log says so."""
+    if args.state == "none":
+        return "none"
+    path = args.state or str(default_path())
+    try:
+        return State(path, args.state_ttl, args.state_size << 20)
+    except StateError as error:
+        if args.state:
+            raise UsageError(f"--state {error}") from None
+        log.warning("responses are kept in memory only: %s", error)
+        return State(":memory:", args.state_ttl, args.state_size << 20)
+
+
 class Service:
     """Start-up and shut-down, in their order."""
 
@@ -769,6 +966,8 @@ class Service:
                 record=args.record,
                 profile=profile,
                 admin=args.admin_key or ("" if args.admin else None),
+                state=open_state(args),
+                drop_hosted=args.hosted_tools == "drop",
             )
         except OSError as error:
             raise UsageError(f"cannot listen on {profile.host}:{profile.port}: {error.strerror or error}") from None

@@ -3,8 +3,10 @@
 import contextlib
 import http.client
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+os.environ["XDG_STATE_HOME"] = os.environ["LOCALAPPDATA"] = (
+    tempfile.mkdtemp()
+)  # a server started here keeps nothing of the user's
 
 import model_init  # noqa: E402
 import openai_api_endpoint as endpoint  # noqa: E402
@@ -104,9 +110,9 @@ def serve_one(model, spec, max_jobs=40, **options):
     return serve(model_init.Models(model_init.Catalog(fixed=[model]), lambda model: spec, limits), **options)
 
 
-def serve_scripted(folder, slots=2, queue=2, **options):
+def serve_scripted(folder, slots=2, queue=2, backend="Scripted", **options):
     model = model_init.Model("scripted", Path(folder), "gguf", 1234)
-    spec = EngineSpec("scripted:Scripted", str(folder), slots)
+    spec = EngineSpec(f"scripted:{backend}", str(folder), slots)
     return serve_one(model, spec, slots + queue, folder=folder, **options)
 
 

@@ -71,3 +71,21 @@ class Scripted:
 
     def close(self):
         self.note("close")
+
+
+class Reader(Scripted):
+    """Its prompt is the whole conversation, a line a message; what it does, the last message says."""
+
+    def render(self, prompt):
+        lines = []
+        for message in prompt.messages:
+            calls = "".join(
+                f" {c['id']}={c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", ())
+            )
+            thought = f" [{message['reasoning_content']}]" if message.get("reasoning_content") else ""
+            lines.append(f"{message['role']}:{thought}{calls} {message['content']}")
+        return "\n".join(lines)
+
+    def start(self, ids, sampling):
+        last = bytes(ids).decode().rpartition("\n")[2]
+        return super().start(last.partition(" ")[2].encode(), sampling)
