@@ -109,22 +109,24 @@ class Handler(Connection):
 
     def fail(self, error: Exception) -> None:
         told = as_api_error(error)
-        path = getattr(self, "path", "").partition("?")[0].rstrip("/").removeprefix("/v1")
         rename(told, self.names)
         if isinstance(error, Refused) and told.param == "prompt":  # the engine's word for it, on every route
-            told.param = PROMPT_FIELDS.get(path, "prompt")
+            told.param = PROMPT_FIELDS.get(self.bare_path(), "prompt")
         self.log_note += f" {told.message[:300]}"
         if self.streaming:
             return self.end_stream(self.rendering.failed(told) if self.rendering else sse(told.body()) + DONE)
         if told.close:
             self.close_connection = True
-        if path == "/messages" or path.startswith("/messages/"):
-            body, status = messages_api.error_body(told, self.request_id), messages_api.error_status(told)
-        else:
-            body, status = told.body(), told.status
-        self.reply(status, body, told.headers)
+        self.reply(*self.error_face(told), told.headers)
         if told.close:
             self.linger()
+
+    def error_face(self, error: ApiError) -> tuple[int, dict[str, Any]]:
+        return error.status, error.body()
+
+    def bare_path(self) -> str:
+        """Of the request, without /v1 and query."""
+        return getattr(self, "path", "").partition("?")[0].rstrip("/").removeprefix("/v1")
 
     def note(self) -> None:
         if self.command != "GET" or self.status >= 400:
@@ -638,6 +640,19 @@ class Generation:
 class Dialects(Handler):
     """The routes of /v1/responses and /v1/messages: each makes a chat request of its body, and tells the completion its own way."""
 
+    def is_messages(self) -> bool:
+        path = self.bare_path()
+        return path == "/messages" or path.startswith("/messages/")
+
+    def error_face(self, error: ApiError) -> tuple[int, dict[str, Any]]:
+        if not self.is_messages():
+            return super().error_face(error)
+        return messages_api.error_status(error), messages_api.error_body(error, self.request_id)
+
+    def common_headers(self) -> list[tuple[str, str]]:
+        own = [("request-id", self.request_id)] if self.is_messages() else []  # Anthropic's name for it
+        return super().common_headers() + own
+
     def responses_turn(self, table: dict[str, Field]) -> responses_api.Turn:
         """The request, translated, with the conversation that it continues."""
         values, state = self.read(table, chat=False), self.server.state
@@ -718,7 +733,6 @@ class Dialects(Handler):
         )
 
     def messages_turn(self, values: dict[str, Any]) -> messages_api.Turn:
-        self.extra.append(("request-id", self.request_id))  # Anthropic's name for it
         turn = messages_api.Turn(values, self.server.key)
         self.names = turn.names
         return turn
