@@ -609,7 +609,7 @@ INERT = (  # change nothing about an answer
 
 def forced(values: dict[str, Any]) -> bool:
     choice = values.get("tool_choice") or values.get("function_call")
-    return choice is not None and choice.mode == "required"
+    return isinstance(choice, ToolChoice) and choice.mode == "required"  # a dialect's own is read once it is a chat request's
 
 
 # What a value or two fields together need of the engine: (says, condition, field to blame, feature).

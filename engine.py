@@ -60,6 +60,7 @@ class Prompt:
     callable: tuple[str, ...] | None = None  # the names that may be called; None: all of them
     parallel: bool = True  # several calls in one answer
     effort: str | None = None  # of reasoning: "none" … "xhigh"
+    lenient: bool = False  # the effort is a hint: a template without such a switch does not refuse it
     details: bool = False  # Details are wanted
 
     def least_tokens(self) -> int:

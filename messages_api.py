@@ -355,12 +355,17 @@ class Turn:
 
     def reasoning(self, effort: str | None) -> Json:
         thinking = self.values.get("thinking", {})
+        told: Json = {"thinking_budget": thinking["budget_tokens"]} if "budget_tokens" in thinking else {}
         if thinking.get("type") == "disabled":
-            return {"reasoning_effort": "none"}
-        if effort is None and not thinking:
-            return {}
-        told = {"reasoning_effort": EFFORTS.get(effort, effort)}
-        return told | ({"thinking_budget": thinking["budget_tokens"]} if "budget_tokens" in thinking else {})
+            told["reasoning_effort"] = "none"
+        elif effort or told:
+            told["reasoning_effort"] = EFFORTS.get(effort, effort)
+        return told
+
+    @property
+    def lenient(self) -> bool:
+        """Whether a model that cannot reason as it is asked to does not matter. A budget is asked for by name."""
+        return bool(self.values.get("thinking", {}).get("type") != "enabled")
 
     def tools(self) -> Json:
         tools, choice = self.values.get("tools") or [], self.values.get("tool_choice", {"type": "auto"})
@@ -386,7 +391,7 @@ class Turn:
 
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-EFFORTS = {None: "medium", "max": "xhigh"}  # thinking without a word of how much; the chat request has no "max"
+EFFORTS = {None: "medium", "max": "xhigh"}  # a budget without a word of effort; the chat request has no "max"
 
 # ────────────────────────────────────────────── an answer, translated ────────────────────────────────────────────
 

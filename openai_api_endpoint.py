@@ -697,9 +697,9 @@ class Dialects(Handler):
         count = self.count(self.responses_turn(responses_api.BODIES["/responses/input_tokens"]).chat)
         self.reply(200, {"object": "response.input_tokens", "input_tokens": count})
 
-    def count(self, chat: dict[str, Any]) -> int:
+    def count(self, chat: dict[str, Any], lenient: bool = False) -> int:
         """The tokens of a prompt, as the usage of an answer would tell them."""
-        prompt = chat_prompt(self.read_chat(chat))
+        prompt = replace(chat_prompt(self.read_chat(chat)), lenient=lenient)
         return int(self.ask("tokenize", prompt=prompt, add_special=False, pieces=False)["count"])
 
     def stored(self, id: str, read: Callable[[State, str, str], Any]) -> Any:
@@ -748,12 +748,14 @@ class Dialects(Handler):
         def render(completion: Completion) -> Rendering:
             return messages_api.Answer(completion, turn)
 
-        self.generate([chat_prompt(values)], values, messages_api.SHAPE, None, cut=True, render=render)
+        prompt = replace(chat_prompt(values), lenient=turn.lenient)
+        self.generate([prompt], values, messages_api.SHAPE, None, cut=True, render=render)
 
     def post_count_tokens(self) -> None:
         values = self.read(messages_api.BODIES["/messages/count_tokens"], chat=False)
         require(values, "messages", messages_api.MESSAGES)
-        self.reply(200, {"input_tokens": self.count(self.messages_turn(values).chat)})
+        turn = self.messages_turn(values)
+        self.reply(200, {"input_tokens": self.count(turn.chat, turn.lenient)})
 
 
 # ───────────────────────────────────────────────────── routes ────────────────────────────────────────────────────

@@ -242,6 +242,7 @@ def test_options():
     asked = {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
     assert chat(output_config={"format": form})["response_format"] == chat(output_format=form)["response_format"] == asked
     assert chat(thinking={"type": "disabled"}) == {"reasoning_effort": "none"}
+    assert chat(thinking={"type": "adaptive"}) == {}
     assert chat(thinking={"type": "adaptive"}, output_config={"effort": "max"}) == {"reasoning_effort": "xhigh"}
     assert chat(thinking={"type": "enabled", "budget_tokens": 2000}) == {"reasoning_effort": "medium", "thinking_budget": 2000}
     assert chat(messages=[USER, {"role": "assistant", "content": "The"}])["continue_final_message"] is True
