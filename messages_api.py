@@ -33,7 +33,8 @@ ERROR_TYPES = {
 def error_body(error: ApiError, request_id: str) -> Json:
     """Anthropic's shape. What it has no member for, the field to blame, stands in the sentence."""
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    told = {"type": ERROR_TYPES.get(error.status, other), "message": error.message}
+    told: Json = {"type": ERROR_TYPES.get(error.status, other), "message": error.message}
+    told |= {name: value for name, value in error.more.items() if name == "details"}
     return {"type": "error", "error": told, "request_id": request_id or None}
 
 
@@ -190,6 +191,13 @@ def read_metadata(value: Any) -> Json:
     return dict(value)
 
 
+def read_thread(_: Any) -> None:
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    raise ApiError(
+        400, "'thread' is not built: send the whole conversation.", "thread", "unsupported_parameter", details=details
+    )
+
+
 FORMAT = Kind('{"type": "json_schema", "schema": …}', read_format)
 CONTENT = "text, tool_use, tool_result, thinking"
 MESSAGES = {
@@ -225,7 +233,7 @@ MESSAGES = {
     "container": never(),
     "compaction": never(),
     "fallbacks": never([]),
-    "thread": never(),
+    "thread": Field(Kind("absent", read_thread), "refused in a way that Anthropic's SDK understands: it sends the conversation itself"),
 }  # fmt: skip
 COUNTED = (
     "model",
