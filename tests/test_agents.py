@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import anthropic
@@ -296,3 +298,33 @@ def test_thinking_on_and_off(served):
     assert off.endswith("</think>\n\n")
     assert on.endswith("<think>\n")
     assert free.endswith("assistant\n")
+
+
+# ───────────────────────────────────────────────────── JavaScript ─────────────────────────────────────────────────
+
+PACKAGES = (
+    "ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/open-responses@1.0.39", "@ai-sdk/anthropic@3.0.138", "openai@6.49.0",
+    "@anthropic-ai/sdk@1.12.0",
+)  # fmt: skip
+
+
+def test_javascript(served, tmp_path):
+    """Vercel's AI SDK with its three providers, and the official SDKs' stream helpers."""
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(tmp_path), *PACKAGES]
+    try:
+        done = subprocess.run(install, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm could not install the packages within two minutes")
+    if done.returncode:
+        pytest.skip(f"npm could not install the packages: {done.stderr.strip()[-200:]}")
+    shutil.copy(Path(__file__).parent / "agents.mjs", tmp_path)
+    command = ["node", "agents.mjs", f"{served.url}/v1", str(Path(served.folder) / "script.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = []
+    for name in ("openai", "open-responses", "anthropic"):
+        expected += [[name, "plain", "It is 7.", 2, "7"], [name, "streamed", "It is 7.", 2]]
+    expected += [["openai", ["reasoning", "function_call"], '{"a": 1}'], ["anthropic", ["thinking", "tool_use"], {"a": 1}]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
