@@ -37,7 +37,9 @@ from api_request import (
     read_boolean,
     same_value,
 )
+from constraints import Unsupported
 from engine import Delta
+from lark_syntax import lark_regex
 
 Json = dict[str, Any]
 SHAPE = CHAT_SHAPE._replace(prefix="resp_")
@@ -224,15 +226,25 @@ def read_tool(tool: Any, where: str) -> Json:
 def custom_function(tool: Json, where: str) -> Json:
     """A custom tool as a function with one argument, its input."""
     form, text = tool["format"], {"type": "string"}
-    if form["type"] == "grammar" and form.get("syntax") == "regex" and isinstance(form.get("definition"), str):
-        text["pattern"] = f"^(?:{form['definition']})$"
-    elif form["type"] == "grammar":
-        raise ApiError(
-            400, f"'{where}.format' must be text or a regex: other grammars of a tool's input are not built.", f"{where}.format"
-        )
+    if form["type"] == "grammar":
+        text["pattern"] = f"^(?:{input_regex(form, f'{where}.format')})$"
     schema = {"type": "object", "properties": {"input": text}, "required": ["input"], "additionalProperties": False}
     strict = {"strict": True} if "pattern" in text else {}
     return {"name": tool["name"], "description": tool["description"], "parameters": schema, **strict}
+
+
+def input_regex(form: Json, where: str) -> str:
+    definition = text_member(form, "definition", where)
+    if form.get("syntax") == "regex":
+        return definition
+    if form.get("syntax") != "lark":
+        raise bad(f"{where}.syntax", "must be lark or regex")
+    try:
+        return lark_regex(definition)
+    except Unsupported as error:
+        raise ApiError(
+            400, f"'{where}.definition' cannot be honoured: {error}", f"{where}.definition", "unsupported_constraint"
+        ) from None
 
 
 def read_tool_choice(value: Any) -> Any:
@@ -324,7 +336,7 @@ RESPONSES = {
     "reasoning": Field(
         Kind('an object like {"effort": "low"}', read_reasoning_options), "`effort`: how much the model reasons, where its template has a switch"
     ),
-    "tools": Field(Kind("an array of tools", read_tools), "functions, custom tools (their input text or a regex), and namespaces of them", CHAT["tools"].needs, ([],)),
+    "tools": Field(Kind("an array of tools", read_tools), "functions, custom tools (their input text, or by a regex or a lark grammar), and namespaces of them", CHAT["tools"].needs, ([],)),
     "tool_choice": Field(
         Kind('none, auto, required, {"type": "function", "name": …}, {"type": "custom", "name": …} or {"type": "allowed_tools", "mode", "tools"}', read_tool_choice),
         "whether a tool must be called, and which may be", CHAT["tool_choice"].needs, ("none", "auto"),

@@ -321,7 +321,7 @@ REFUSED = [
     ({"input": "q", "include": ["everything"]}, "include"),
     ({"input": "q", "metadata": {"a": 1}}, "metadata"),
     ({"input": "q", "stream_options": {"include_obfuscation": True}}, "stream_options"),
-    ({"input": "q", "tools": [{"type": "custom", "name": "x", "format": {"type": "grammar", "syntax": "lark", "definition": "a"}}]}, "tools[0].format"),
+    ({"input": "q", "tools": [{"type": "custom", "name": "x", "format": {"type": "grammar", "syntax": "lark", "definition": "start: start"}}]}, "tools[0].format.definition"),
 ]  # fmt: skip
 
 
