@@ -142,7 +142,11 @@ def read_template_kwargs(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}  # the server's own template variables
+RESERVED = {  # the server's own template variables, and what would be more than a variable to whoever renders the template
+    "messages", "tools", "add_generation_prompt", "bos_token", "eos_token",
+    "chat_template", "continue_final_message", "conversation", "max_length", "padding", "return_assistant_tokens_mask",
+    "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "truncation",
+}  # fmt: skip
 PROMPTS = Kind("a string, an array of strings, an array of token ids, or an array of those (1 to 256)", read_prompts)
 IDS = Kind("an array of token ids", read_ids)
 LOGIT_BIAS = Kind("an object of token ids to numbers from -100 to 100", read_logit_bias)

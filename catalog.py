@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from backends import fits_exllamav3, missing_library
 from engine import log
-from model_files import cache_folder, read_gguf, read_json
+from model_files import cache_folder, is_inside, parse_json, read_gguf
 
 
 class UsageError(Exception):
@@ -54,6 +55,7 @@ KINDS = {
     "exl3": "an EXL3 folder",
 }
 OPENVINO_GGUF = ("llama", "qwen2", "qwen3")  # architectures that OpenVINO's own GGUF reader knows
+SHOWN_LACKS = 20  # of what a folder lacks, so many are named
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(?:gguf|safetensors)$)")  # a file that is one of several
 QUANTISATION = re.compile(r"[.-](?:i?q\d\w*|tq\d_\d|mxfp4\w*|bf16|f16|f32|fp16)$", re.IGNORECASE)
 
@@ -78,6 +80,7 @@ class Model:
     kind: str  # a key of LOADERS
     created: int  # the file's mtime, seconds since the epoch: stable, unlike the moment of asking
     architecture: str = ""
+    broken: str = ""  # why it can never be loaded: it is listed as failed
     served_by: str = ""  # the id of the model whose engine it shares: an upstream may serve several
 
     @property
@@ -102,13 +105,17 @@ class Incomplete(Exception):
 
 
 def missing_files(kind: str, names: Collection[str]) -> list[str]:
-    """What a folder with these files lacks to be complete: of COMPLETE, and of files in numbered parts."""
+    """What a folder with these files lacks to be complete: of COMPLETE, and of files in numbered parts; of many the first."""
     lacks = [" or ".join(group) for group in COMPLETE[kind] if not any(fnmatch.filter(names, name) for name in group)]
+    parts: dict[tuple[str, str, str], set[int]] = {}  # (what stands before the numbers, how many there are, what follows)
     for name in names:
         if part := PART.search(name):
-            parts = (f"{name[: part.start()]}-{i:05d}-of-{part[2]}{name[part.end() :]}" for i in range(1, int(part[2]) + 1))
-            lacks += [other for other in parts if other not in names and other not in lacks]
-    return lacks
+            parts.setdefault((name[: part.start()], part[2], name[part.end() :]), set()).add(int(part[1]))
+    for (before, total, after), there in parts.items():
+        missing = itertools.islice((i for i in range(1, int(total) + 1) if i not in there), SHOWN_LACKS)
+        lacks += [f"{before}-{i:05d}-of-{total}{after}" for i in missing]
+    more = len(lacks) - SHOWN_LACKS
+    return [*lacks[:SHOWN_LACKS], "and more"] if more > 0 else lacks
 
 
 def models_in(path: Path, names: Collection[str], id: str, lenient: bool = False) -> list[Model]:
@@ -123,11 +130,15 @@ def models_in(path: Path, names: Collection[str], id: str, lenient: bool = False
         if lacks := [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]:
             raise Incomplete(f"{KINDS[kind]} without {', '.join(lacks)}")
         weights = "openvino_model.bin" if kind == "openvino" else min(fnmatch.filter(names, "*.safetensors"))
-        config = read_json(str(path), "config.json") if kind == "hf" else {}
+        try:
+            config = parse_json(str(path), "config.json") if kind == "hf" else {}
+            broken = ""
+        except (OSError, ValueError) as error:
+            config, broken = {}, str(error)
         quantised, known = config.get("quantization_config"), config.get("architectures")
         kind = "exl3" if isinstance(quantised, dict) and quantised.get("quant_method") == "exl3" else kind
         architecture = str(known[0]) if isinstance(known, list) and known else ""
-        return [Model(id, path, kind, int((path / weights).stat().st_mtime), architecture)]
+        return [Model(id, path, kind, int((path / weights).stat().st_mtime), architecture, broken)]
     files = sorted(n for n in fnmatch.filter(names, "*.gguf") if not n.startswith("mmproj"))
     if lacks := missing_files("gguf", files):
         raise Incomplete(f"a GGUF model without {', '.join(lacks)}")
@@ -169,6 +180,7 @@ class Catalog:
     In the folder: `<name>/`, `<org>/<repo>/`, `*.gguf`. Names are only ever looked up here, so no name can lead to another path.
     """
 
+    GLANCE_S, PATIENCE_S = 0.25, 1.0  # how long a request waits for a new look: at all names, for one that is not there
     RESCAN_S, TRUST_S = 2.0, 2.0  # a folder's mtime tells of a new file only where it is older than the clock's grain
 
     def __init__(
@@ -180,7 +192,9 @@ class Catalog:
     ):
         """`aliases`: (a model's name, or "" for the only one; another name for it). The first given is the one that clients see."""
         self.root, self.fixed, self.osaurus, self.given = root, fixed, osaurus, aliases
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # held while the folder is looked at
+        self.asking = threading.Lock()
+        self.looking: threading.Event | None = None  # set when the look that is under way has ended
         self.scanned = 0.0
         self.folders: dict[str, tuple[int, list[str], list[str]]] = {}  # path → mtime (ns), its files, its folders
         self.parsed: dict[str, tuple[object, list[Model]]] = {}  # path → what it was made from, its models
@@ -191,22 +205,40 @@ class Catalog:
         self.scan()
 
     def models(self) -> dict[str, Model]:
-        """By id, in order."""
-        if self.root and time.monotonic() - self.scanned > self.RESCAN_S and self.lock.acquire(blocking=False):
-            try:
-                self.scan()
-            finally:
-                self.lock.release()
+        """By id, in order; what the folder held when it was last looked at."""
+        if self.root and time.monotonic() - self.scanned > self.RESCAN_S and self.looking is None:
+            self.look_again().wait(self.GLANCE_S)
         return self.found
 
     def find(self, name: str) -> Model | None:
         """By id, or by an alias that fits no other; a name just made is looked for at once."""
         if not (fits := self.fits(name)) and self.root:
-            with self.lock:
-                if time.monotonic() - self.scanned > 0.2:
-                    self.scan()
+            if time.monotonic() - self.scanned > 0.2:
+                self.look_again().wait(self.PATIENCE_S)
             fits = self.fits(name)
         return self.found.get(fits[0]) if len(fits) == 1 else None
+
+    def look_again(self) -> threading.Event:
+        """In a thread of its own, so that no request pays for a folder of thousands. Set when it has ended."""
+
+        def look(ended: threading.Event) -> None:
+            try:
+                self.scan()
+            except Exception:
+                log.exception("models folder")
+            self.looking = None
+            ended.set()
+
+        with self.asking:
+            if self.looking is None:
+                self.looking = ended = threading.Event()
+                try:
+                    threading.Thread(target=look, args=(ended,), name="catalog", daemon=True).start()
+                except RuntimeError:  # no more threads: later
+                    self.looking = None
+                    ended.set()
+                return ended
+            return self.looking or threading.Event()
 
     def fits(self, name: str) -> list[str]:
         return [name] if name in self.models() else self.names.get(bare(name), [])
@@ -225,6 +257,10 @@ class Catalog:
             self.names.setdefault(bare(name), []).append(model.id)
 
     def scan(self) -> None:
+        with self.lock:
+            self.take_stock()
+
+    def take_stock(self) -> None:
         found = {model.id: model for model in self.fixed}
         if self.root:
             try:
@@ -257,7 +293,7 @@ class Catalog:
     def in_folder(self, path: str, id: str) -> Iterator[Model]:
         """The models of one folder and, down to <org>/<repo>, of those in it."""
         files, folders = self.listing(path)
-        made_from = (files, [self.size(f"{path}/{name}") for name in files if name.endswith(".gguf")])
+        made_from = (files, [self.size(f"{path}/{name}") for name in files if name.endswith(".gguf") or name == "config.json"])
         known = self.parsed.get(path)
         if known is None or known[0] != made_from:
             known = self.parsed[path] = (made_from, self.parse(path, files, id))
@@ -291,12 +327,15 @@ class Catalog:
         for names in groups:
             try:
                 models += models_in(Path(path), names, id or PART.sub("", names[0]).removesuffix(".gguf"))
-            except (Incomplete, OSError) as error:
-                self.tell(path if id else f"{path}/{names[0]}", str(error))
+            except Exception as error:  # somebody else's files: whatever is wrong with them harms nothing else
+                self.tell(path if id else f"{path}/{names[0]}", str(error) or type(error).__name__)
         return models
 
     def listing(self, path: str) -> tuple[list[str], list[str]]:
-        """Files and folders in a folder, read again when its mtime says so. Links that lead out of the root are left out."""
+        """Files and folders in a folder, read again when its mtime says so.
+
+        Links are left out that lead out of the root, and those of files that lead out of their own folder.
+        """
         changed = os.stat(path).st_mtime_ns
         known = self.folders.get(path)
         if known and known[0] == changed:
@@ -306,6 +345,9 @@ class Catalog:
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or (entry.is_symlink() and not self.inside(entry.path)):
+                    continue
+                if entry.is_symlink() and entry.is_file() and not is_inside(entry.path, path):
+                    self.tell(entry.path, "a link that leads out of its folder is not followed")
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
@@ -330,6 +372,8 @@ class Catalog:
 
 def choose_backend(model: Model, asked: str) -> str:
     """The backend to load `model` with. Raises UsageError: none can, or its library is missing."""
+    if model.broken:
+        raise UsageError(model.broken)
     able = LOADERS[model.kind]
     if model.path.name == DEMO_FILE:  # of this 4-bit file llama.cpp makes nonsense here and there, OpenVINO does not
         able = ("openvino", "llamacpp")

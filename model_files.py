@@ -1,13 +1,18 @@
-"""What is read from a model's own files: GGUF headers, config.json and its neighbours. Opens files, imports no library."""
+"""What is read from a model's own files: GGUF headers, config.json and its neighbours. Opens files, imports no library.
+
+A model is somebody else's work: nothing in it is read without a bound, and no link that leads out of its folder is followed.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import stat
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def cache_folder() -> Path:
@@ -27,6 +32,64 @@ def file_mark(path: str) -> str:
 
 GGUF_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_KEYS, GGUF_STRINGS = 1 << 16, 1 << 22  # most in one header: keys, and strings inside of arrays (a vocabulary has 2^18)
+FILE_MAX = 1 << 25  # bytes of a text file that is read whole
+
+
+# ─────────────────────────────────────────────────── opening files ───────────────────────────────────────────────
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Does a file of this folder, its links followed, lie in the folder?
+
+    Hugging Face's cache is one folder to its users: `models--x/snapshots/<revision>/name` links to `models--x/blobs/<hash>`.
+    """
+    real, home = os.path.realpath(path), os.path.realpath(folder)
+    roots = [home]
+    snapshots = os.path.dirname(home)
+    if os.path.basename(snapshots) == "snapshots" and os.path.basename(os.path.dirname(snapshots)).startswith("models--"):
+        roots.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    return any(real.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+
+
+def open_inside(folder: str, name: str) -> BinaryIO:
+    """A regular file of a model's folder. Raises OSError: also where it is a link that leads out."""
+    path = os.path.join(folder, name)
+    if not is_inside(path, folder):
+        os.stat(path)  # where there is none, that is told
+        raise PermissionError(f"{name} is a link that leads out of the model's folder")
+    # A pipe would be waited for; and what is a link by now was none a moment ago.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    file = os.open(os.path.realpath(path), flags)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise PermissionError(f"{name} is no regular file")
+    return os.fdopen(file, "rb")
+
+
+def read_text(folder: str, name: str) -> str:
+    """Raises OSError, ValueError."""
+    with open_inside(folder, name) as f:
+        data = f.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
+        raise ValueError(f"{name} is larger than {FILE_MAX >> 20} MiB")
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # line ends as Python reads them
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8") from None
+
+
+def leads_out(folder: str) -> str | None:
+    """The first name in a folder and those in it that is a link which leads out of it."""
+    for where, folders, files in os.walk(folder):
+        for name in sorted(folders + files):
+            path = os.path.join(where, name)
+            if os.path.islink(path) and not is_inside(path, folder):
+                return os.path.relpath(path, folder)
+    return None
+
+
+# ─────────────────────────────────────────────────────── GGUF ────────────────────────────────────────────────────
 
 
 def read_gguf(path: str) -> dict[str, Any]:
@@ -34,7 +97,8 @@ def read_gguf(path: str) -> dict[str, Any]:
 
     Format: the GGUF specification of the ggml project, versions 2 and 3. Raises ValueError for what is not one.
     """
-    with open(path, "rb") as f:
+    with open_inside(*os.path.split(os.path.realpath(path))) as f:
+        strings = 0
 
         def unpack(fmt: str) -> Any:
             data = f.read(struct.calcsize(fmt))
@@ -49,8 +113,12 @@ def read_gguf(path: str) -> dict[str, Any]:
             return f.read(size).decode("utf-8", "replace")
 
         def skip_array() -> None:
+            nonlocal strings
             kind, count = unpack("<I"), unpack("<Q")
             if kind == GGUF_STRING:
+                strings += count
+                if strings > GGUF_STRINGS:
+                    raise ValueError("the header has too many strings")
                 for _ in range(count):
                     f.seek(unpack("<Q"), os.SEEK_CUR)
             elif kind in GGUF_SCALARS:
@@ -63,6 +131,8 @@ def read_gguf(path: str) -> dict[str, Any]:
         version, _tensors, count = unpack("<I"), unpack("<Q"), unpack("<Q")
         if version not in (2, 3):
             raise ValueError(f"GGUF version {version} is not supported")
+        if count > GGUF_KEYS:
+            raise ValueError("the header has too many keys")
         meta: dict[str, Any] = {}
         for _ in range(count):
             key, kind = string(), unpack("<I")
@@ -103,12 +173,24 @@ def own_sampling(values: dict[str, Any]) -> dict[str, float]:
     return {name: int(value) if name == "top_k" else float(value) for name, value in numbers.items()}
 
 
-def read_json(folder: str, name: str) -> dict[str, Any]:
-    """A model folder's optional JSON file; {} where there is none."""
+def parse_json(folder: str, name: str) -> dict[str, Any]:
+    """A model folder's JSON file; an empty one says nothing. Raises OSError, and ValueError for what is not a JSON object."""
+    text = read_text(folder, name)
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            data = json.load(f)
-        return data if isinstance(data, dict) else {}
+        data = json.loads(text) if text else {}
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return data
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """A model folder's optional JSON file; {} where there is none, or none that can be read."""
+    try:
+        return parse_json(folder, name)
     except (OSError, ValueError):
         return {}
 
@@ -129,9 +211,8 @@ def token_text(value: Any) -> str:
 def hf_template(folder: str, tokenizer_config: dict[str, Any]) -> str | None:
     """A model folder's chat template, where its makers may have put it; of several the one named default."""
     try:
-        with open(os.path.join(folder, "chat_template.jinja"), encoding="utf-8") as f:
-            return f.read()
-    except OSError:
+        return read_text(folder, "chat_template.jinja")
+    except FileNotFoundError:
         found = read_json(folder, "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
     if isinstance(found, list):
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}

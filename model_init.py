@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from backends import BACKENDS, LACKS, WITH_EMBEDDINGS
 from catalog import LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
 from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, log
+from model_files import leads_out
 from tool_parser import KNOWN
-from upstream import Upstream
+from upstream import Upstream, without_user
 
 # ──────────────────────────────────────────────────── profiles ───────────────────────────────────────────────────
 
@@ -398,6 +399,8 @@ def check_engine_flags(args: argparse.Namespace, backend: str | None) -> None:
         raise UsageError(f"{spelled(flag)} needs --backend {' or '.join(able)}")
     if args.draft_model_dir and not Path(args.draft_model_dir).exists():
         raise UsageError(f"--draft-model-dir {args.draft_model_dir}: no such file or folder")
+    if args.draft_model_dir and (link := leads_out(args.draft_model_dir)):
+        raise UsageError(f"--draft-model-dir: {link} is a link that leads out of the folder")
     others = {*args.exllamav3} & {"-mtp", "--mtp", "-hdt", "--hybrid_draft_tokens"}
     if args.num_draft_tokens and not (args.draft_model_dir or args.ngram_match_min or others):
         raise UsageError("--num-draft-tokens needs --draft-model-dir or --ngram-match-min")
@@ -441,7 +444,7 @@ def upstream_model(args: argparse.Namespace) -> Model:
         raise UsageError(f"--upstream URL and --backend {' or '.join(UPSTREAMS)} belong together")
     url = urlsplit(args.upstream)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise UsageError(f"--upstream {args.upstream}: not a URL like http://localhost:8000")
+        raise UsageError(f"--upstream {without_user(args.upstream)}: not a URL like http://localhost:8000")
     if args.upstream_key_env and not os.environ.get(args.upstream_key_env):
         raise UsageError(f"--upstream-key-env {args.upstream_key_env}: there is no such environment variable")
     for flag in ("model_dir", "models_dir", "chat_template", "tool_syntax", "cache_size", "length", "record", *engine_flags()):
@@ -449,7 +452,7 @@ def upstream_model(args: argparse.Namespace) -> Model:
             raise UsageError(f"{spelled(flag)} has no meaning with --upstream: that server has its own")
     if profile_of(args).top_k and "extensions" in LACKS["openai" if args.backend == "auto" else args.backend]:
         raise UsageError("such an upstream has no top_k: add --default-top-k 0, or take --backend vllm")
-    return Model(url.netloc.rpartition("@")[2], Path(url.netloc), "upstream", int(time.time()))
+    return Model("upstream", Path("upstream"), "upstream", int(time.time()))  # clients are not told where it is
 
 
 def read_template(path: str | None) -> str | None:
@@ -685,7 +688,7 @@ class Models:
                 raise NotReady(f"the model failed: {life.failure}")
         if life.state == "loading" and life.model.kind == "upstream":
             why = life.engine.why if isinstance(life.engine, Upstream) and life.engine.why else "it has not answered"
-            raise NotReady(f"{self.spec(life.model).path} is not there yet: {why}")
+            raise NotReady(f"the upstream server is not there yet: {why}")
         if life.state not in ("unloaded", "failed") or self.switch:
             return
         self.spec(life.model)
@@ -753,10 +756,17 @@ class Models:
 
     def status_of(self, model: Model) -> str:
         """One of loaded, loading, unloaded, failed."""
+        if model.broken:
+            return "failed"
         life, switch = self.lives.get(model.life), self.switch
         if life is None:
             return "unloaded"
         return "loading" if switch and switch.target is life else "loaded" if life.state == "draining" else life.state
+
+    def failure_of(self, model: Model) -> str:
+        """Why its status is failed."""
+        life = self.lives.get(model.life)
+        return model.broken or (life.failure if life and life.state == "failed" else "")
 
     def queue_depth(self) -> int:
         lives = list(self.lives.values())
@@ -788,11 +798,13 @@ class Models:
         life.move("loading")
         try:
             spec = self.spec(life.model)
+            if link := leads_out(spec.path):
+                raise UsageError(f"{link} is a link that leads out of the model's folder")
             kind: type[AnyEngine] = Upstream if spec.backend in UPSTREAMS else Engine
             life.engine = kind(
                 spec, self.limits.max_jobs, self.limits.patience, lambda engine: self.engine_changed(life, engine)
             )
-            log.info("loading %s with %s", spec.path, spec.backend)
+            log.info("loading %s with %s", without_user(spec.path), spec.backend)
         except Exception as error:  # no file numbers, no memory, no thread left: later, maybe
             self.failed(life, f"cannot start the engine: {error}")
             life.restart_at = time.monotonic() + 5.0 if life.was_ready else 0.0

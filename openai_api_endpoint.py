@@ -19,14 +19,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import hmac
-import logging
 import os
 import random
 import re
 import secrets
 import signal
 import sqlite3
+import ssl
+import stat
 import sys
 import threading
 import time
@@ -35,9 +35,12 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import logs
+import memory
 import messages_api
 import model_init
 import responses_api
+from access import Access, Keys, host_of, is_loopback, network, origin_of
 from api_errors import ApiError, as_api_error, rename
 from api_reply import (
     CHAT_SHAPE,
@@ -78,8 +81,8 @@ from api_request import (
 )
 from backends import WITH_EMBEDDINGS
 from catalog import Model, UsageError
-from engine import LOG_FORMAT, Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
-from http11 import PEER_CHECK_S, Connection, HttpServer, PeerGone
+from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
+from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
 from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
 from state import State, StateError, default_path
 
@@ -87,12 +90,12 @@ VERSION = "0.2.0"
 
 # ─────────────────────────────────────────────── the way of one request ──────────────────────────────────────────
 
-CORS = (
-    ("Access-Control-Allow-Origin", "*"),
+PREFLIGHT = (
     ("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS"),
     ("Access-Control-Allow-Headers", "*, Authorization"),
     ("Access-Control-Max-Age", "86400"),
 )
+GIVE_BACK_S = 5.0  # how often memory is given back, while requests come
 
 
 class Handler(Connection):
@@ -103,9 +106,34 @@ class Handler(Connection):
     rendering: Rendering | None = None  # how the stream that has begun is told
 
     def answer(self) -> None:
-        self.names, self.rendering = (), None
+        """Page, route, method and key are looked at before a byte of the body is read."""
+        access, path = self.server.access, self.find_path()
+        if self.command == "OPTIONS":
+            return self.reply(204, None, PREFLIGHT)
+        methods, argument = find_route(path)
+        if methods is None:
+            raise ApiError(404, f"There is no {path[:200]}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
+        action = methods.get("GET" if self.command == "HEAD" else self.command)
+        if action is None:
+            allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
+            raise ApiError(405, f"{self.command[:50]} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
+        if self.server.draining:
+            raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
+        peer = str(self.client_address[0])
+        self.identity = access.client(peer, self.headers, action in OPERATORS, action in OPEN_TO_ALL)
         self.body = self.read_body()
-        self.route()
+        action(self, *argument)
+
+    def find_path(self) -> str:
+        """The route that is asked for, without /v1. Raises ApiError where it is asked by a web page that may not."""
+        try:
+            target = urlsplit(self.path) if not self.path.startswith("/") else None
+            path = target.path if target else self.path.partition("?")[0].partition("#")[0]
+        except ValueError:
+            raise ApiError(400, "The request's URL is malformed.") from None
+        self.server.access.check_page(self.headers, target.netloc if target else "", self.command == "POST")
+        path = (path[:-1] if path.endswith("/") and path != "/" else path) or "/"
+        return path[3:] or "/" if path == "/v1" or path.startswith("/v1/") else path
 
     def fail(self, error: Exception) -> None:
         told = as_api_error(error)
@@ -115,10 +143,9 @@ class Handler(Connection):
         self.log_note += f" {told.message[:300]}"
         if self.streaming:
             return self.end_stream(self.rendering.failed(told) if self.rendering else sse(told.body()) + DONE)
-        if told.close:
-            self.close_connection = True
+        self.close_connection |= told.close
         self.reply(*self.error_face(told), told.headers)
-        if told.close:
+        if self.close_connection and self.unread != 0:
             self.linger()
 
     def error_face(self, error: ApiError) -> tuple[int, dict[str, Any]]:
@@ -128,12 +155,23 @@ class Handler(Connection):
         """Of the request, without /v1 and query."""
         return getattr(self, "path", "").partition("?")[0].rstrip("/").removeprefix("/v1")
 
+    def clear(self) -> None:
+        super().clear()
+        self.identity, self.names, self.rendering = "", (), None
+
     def note(self) -> None:
-        if self.command != "GET" or self.status >= 400:
-            log.info("%s %s %s%s", self.command, self.path[:200], self.status, self.log_note)
+        if self.command == "GET" and self.status < 400:
+            return
+        told = {
+            "method": self.command, "path": self.path[:200], "status": self.status, "client": self.identity,
+            "request_id": self.request_id, "seconds": round(time.monotonic() - self.started, 3),
+        }  # fmt: skip
+        who = f" client={self.identity!r}" if self.identity else ""
+        line = logs.one_line(f"{self.command} {self.path[:200]} {self.status}{self.log_note}{who}", 1500)
+        log.info("%s", line, extra={"request": told})
 
     def common_headers(self) -> list[tuple[str, str]]:
-        headers = [CORS[0], *super().common_headers()]
+        headers = [*self.server.access.cors(self.headers), *super().common_headers()]
         if self.request_id:
             headers.append(("openai-processing-ms", f"{(time.monotonic() - self.started) * 1000:.0f}"))
         return headers
@@ -142,47 +180,6 @@ class Handler(Connection):
         if payload is None:
             return self.write(self.head(status, headers))
         self.reply_bytes(status, payload if isinstance(payload, bytes) else compact(payload), "application/json", headers)
-
-    def route(self) -> None:
-        self.check_host()
-        try:
-            path = urlsplit(self.path).path if not self.path.startswith("//") else self.path
-        except ValueError:
-            raise ApiError(400, "The request's URL is malformed.") from None
-        path = (path[:-1] if path.endswith("/") and path != "/" else path) or "/"
-        path = path[3:] or "/" if path == "/v1" or path.startswith("/v1/") else path
-        if self.command == "OPTIONS":
-            return self.reply(204, None, CORS[1:])
-        methods, argument = find_route(path)
-        if methods is None:
-            raise ApiError(404, f"There is no {path[:200]}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
-        action = methods.get("GET" if self.command == "HEAD" else self.command)
-        if action is None:
-            allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
-            raise ApiError(405, f"{self.command} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
-        if self.server.draining:
-            raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
-        if action not in OPEN_TO_ALL:
-            self.authenticate(action in OPERATORS)
-        action(self) if argument is None else action(self, argument)
-
-    def authenticate(self, operator: bool) -> None:
-        wanted = self.server.api_key
-        if operator:
-            if self.server.admin is None:
-                raise ApiError(403, "Loading and unloading by request is off: start the server with --admin.", code="admin_off")
-            wanted = self.server.admin or wanted
-        if not wanted:
-            return
-        scheme, _, bearer = self.headers.get("Authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else self.headers.get("X-Api-Key", "")
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode()):
-            raise ApiError(
-                401,
-                "Wrong or missing API key: send it as Authorization: Bearer KEY.",
-                code="invalid_api_key",
-                headers=[("WWW-Authenticate", "Bearer")],
-            )
 
     # ── GET routes ──
 
@@ -215,18 +212,24 @@ class Handler(Connection):
             "switch_in_progress": switch is not None,
             "switch_target_model": switch and models.catalog.public(switch.target.model),
         }
-        self.reply(200, body | ({"last_error": models.last_error} if models.last_error else {}))
+        self.reply(200, body | ({"last_error": self.server.without_paths(models.last_error)} if models.last_error else {}))
 
     def model_card(self, model: Model) -> dict[str, Any]:
-        name, status = self.server.models.catalog.public(model), self.server.models.status_of(model)
+        models = self.server.models
+        name, status, failure = models.catalog.public(model), models.status_of(model), models.failure_of(model)
         return {
             "id": name, "object": "model", "created": model.created, "owned_by": self.server.profile.owned_by,
             "permission": [], "root": name, "parent": None, "status": status, "loaded": status == "loaded",
+            **({"error": self.server.without_paths(failure)} if failure else {}),
         }  # fmt: skip
 
     def get_models(self) -> None:
         models, found = self.server.models, self.server.models.catalog.models()
-        now = (found, {id: models.status_of(life.model) for id, life in list(models.lives.items())}, dict(models.catalog.shown))
+        now = (
+            found,
+            {id: (models.status_of(life.model), life.failure) for id, life in list(models.lives.items())},
+            dict(models.catalog.shown),
+        )
         if self.server.listing[0] != now:  # thousands of models take milliseconds to write
             data = [self.model_card(model) for model in found.values()]
             self.server.listing = (now, compact({"object": "list", "data": data}))
@@ -257,6 +260,8 @@ class Handler(Connection):
     def read(self, table: dict[str, Field], chat: bool = True) -> dict[str, Any]:
         """The body's fields, and self.model. Names that nobody knows are told in a header. `chat`: no dialect's body."""
         body, models, unknown = parse_json(self.body), self.server.models, None
+        if not self.server.record:
+            self.body = b""  # it can be large, and the answer can take long
         asked = body.get("model") if isinstance(body, dict) else None
         try:
             self.model = models.resolve(asked if isinstance(asked, str) else None)
@@ -295,13 +300,12 @@ class Handler(Connection):
                 raise ApiError(400, f"'{name}' must be at most {profile.max_tokens_limit} (--max-tokens-limit).", name)
 
     def client(self) -> str:
-        """Who asks, for fairness: an API key from an address."""
-        key = self.headers.get("Authorization", "") or self.headers.get("X-Api-Key", "")
-        return f"{self.client_address[0]} {hash(key)}"
+        """Who asks, for fairness: the name of a key, else an address."""
+        return self.identity
 
     def owner(self) -> str:
-        """Whose the stored responses are: whoever may use this server, for as long as it has one key or none."""
-        return ""
+        """Whose the stored responses are: a key's, by its name. Without keys they are everybody's who may ask."""
+        return self.identity if self.server.access.keys else ""
 
     def prefers_to_wait(self) -> float | None:
         """`Prefer: wait=N` (RFC 7240, section 4.3), in seconds."""
@@ -793,20 +797,26 @@ TABLES = BODIES | responses_api.BODIES | messages_api.BODIES  # the fields of ev
 PATTERNS = sorted((path.split("{id}") for path in ROUTES if "{id}" in path), key=lambda ends: -len(ends[1]))
 
 
-def find_route(path: str) -> tuple[dict[str, Action] | None, str | None]:
+def find_route(path: str) -> tuple[dict[str, Action] | None, tuple[str, ...]]:
     """(the methods of a path, the {id} in it)."""
     if path in ROUTES and "{" not in path:
-        return ROUTES[path], None
+        return ROUTES[path], ()
     for before, after in PATTERNS:
         if path.startswith(before) and path.endswith(after) and len(path) > len(before) + len(after):
             id = path[len(before) : len(path) - len(after)]
             if before == "/models/" or "/" not in id:  # a model's id may have slashes
-                return ROUTES[f"{before}{{id}}{after}"], unquote(id)
-    return None, None
+                return ROUTES[f"{before}{{id}}{after}"], (unquote(id),)
+    return None, ()
 
 
 class Server(HttpServer):
-    """What all requests share."""
+    """What all requests share. `api_key` and `admin` (None: off; "": for whoever may use the rest) are short for an `access`."""
+
+    full = (
+        PREFIX + b"503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+        b'{"error":{"message":"Too many connections. Try again in a moment.","type":"unavailable_error","param":null,'
+        b'"code":"too_many_connections"}}'
+    )
 
     def __init__(
         self,
@@ -815,24 +825,52 @@ class Server(HttpServer):
         *,
         api_key: str = "",
         request_timeout: float = 600,
-        max_body: int = 16 << 20,
+        max_body: int = 0,
         strict: bool = False,
         record: str = "",
         profile: Profile | None = None,
         admin: str | None = None,
+        access: Access | None = None,
+        limits: HttpLimits | None = None,
+        tls: ssl.SSLContext | None = None,
+        uds: str = "",
         state: State | Literal["memory", "none"] = "memory",
         drop_hosted: bool = False,
     ):
-        self.profile = profile or Profile()
-        self.admin = admin  # None: no operator's routes; "": for whoever may use the others; else their key
-        self.models, self.api_key, self.request_timeout = models, api_key, request_timeout
         self.state = state if isinstance(state, State) else State() if state == "memory" else None  # of /v1/responses
         self.key = self.state.key if self.state else secrets.token_bytes(32)  # of what clients keep and send back
         self.drop_hosted = drop_hosted  # tools that this server does not have are left out, not refused
+        self.profile = profile or Profile()
+        self.access = access or Access(
+            Keys([api_key] if api_key else []), None if admin is None else Keys([admin] if admin else [])
+        )
+        self.models, self.request_timeout = models, request_timeout
         self.strict, self.record, self.record_lock = strict, record, threading.Lock()
         self.ignored_seen: set[str] = set()
         self.listing: tuple[Any, bytes] = (None, b"")  # of GET /v1/models: what it was made from, and its JSON
-        super().__init__(address, Dialects, max_body)
+        self.trimmed = (0, 0.0)  # requests so far, and the time, when memory was last given back
+        limits = limits or HttpLimits()
+        super().__init__(address, Dialects, replace(limits, max_body=max_body) if max_body else limits, tls, uds)
+        self.access.guard &= not uds and is_loopback(str(self.server_address[0]))
+        self.uncounted = self.access.trusts
+
+    @property
+    def admin(self) -> Keys | None:
+        """None: the operator's routes are off."""
+        return self.access.admin
+
+    def service_actions(self) -> None:
+        """From serve_forever, twice a second."""
+        total, at = self.trimmed
+        if self.busy.total != total and time.monotonic() > at + GIVE_BACK_S:
+            self.trimmed = (self.busy.total, time.monotonic())
+            memory.give_back()
+
+    def without_paths(self, text: str) -> str:
+        """An error, as those may see it who have no key: it does not tell where the files are."""
+        for life in list(self.models.lives.values()):
+            text = text.replace(f"{life.model.path.parent}{os.sep}", "")
+        return re.sub(r"(?<![\w:/\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:]+[/\\])+", "", text)
 
     def note_ignored(self, names: list[str]) -> None:
         for name in (name[:64] for name in names):
@@ -854,10 +892,46 @@ class Server(HttpServer):
         }
         data = compact(line | debug | {"usage": completion.usage(), "choices": answers}) + b"\n"
         try:
-            with self.record_lock, open(self.record, "ab") as f:
-                f.write(data)
+            with self.record_lock:
+                append_line(self.record, data)
         except OSError as error:
             log.error("--record %s: %s", self.record, error)
+
+
+def append_line(path: str, line: bytes) -> None:
+    """Whole or not at all, into a file that is for its owner alone. What a crash left of a line before it is cut off."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.write(file, line)
+            return
+        if os.name == "posix" and stat.S_IMODE(os.fstat(file).st_mode) != 0o600:
+            os.fchmod(file, 0o600)
+        end = whole_lines(file)
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[os.write(file, left) :]
+        except OSError:
+            os.ftruncate(file, end)
+            raise
+    finally:
+        os.close(file)
+
+
+def whole_lines(file: int) -> int:
+    """Cut a file off behind its last whole line: where that is."""
+    end = size = os.fstat(file).st_size
+    while end:
+        start = max(0, end - (1 << 16))
+        os.lseek(file, start, os.SEEK_SET)
+        if (at := os.read(file, end - start).rfind(b"\n")) >= 0:
+            end = start + at + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(file, end)
+    return end
 
 
 # ────────────────────────────────────────────────────── main ─────────────────────────────────────────────────────
@@ -902,14 +976,104 @@ def make_parser() -> Parser:
     add("--grace", type=model_init.seconds, default=10.0, metavar="S",
         help="seconds that running answers get when the server is stopped (default 10)")  # fmt: skip
     add("--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
+    add("--log-format", default="text", choices=["text", "json"], help="one line per event; json: one object (default text)")
+    add(
+        "--log-line",
+        type=model_init.whole(80, 1 << 20),
+        default=2000,
+        metavar="N",
+        help="characters of a message in the log (default 2000)",
+    )
     add("--version", action="version", version=VERSION)
     model_init.add_args(parser)
-    add = parser.add_argument_group("security").add_argument
-    add("--api-key", default=os.environ.get("API_KEY", ""), metavar="KEY",
-        help="ask clients for this key; default: the environment's API_KEY, else none")  # fmt: skip
-    add("--admin", action="store_true", help="also serve /v1/models/load and /v1/models/unload")
-    add("--admin-key", metavar="KEY", help="the same, for those who send this key")
+    add_security_args(parser.add_argument_group("security"))
+    add_connection_args(parser.add_argument_group("connections"))
     return parser
+
+
+def add_security_args(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--api-key", action="append", metavar="KEY",
+        help="ask clients for this key; again for more; default: the environment's API_KEY, else none")  # fmt: skip
+    add(
+        "--api-key-file",
+        default="",
+        metavar="FILE",
+        help="and for one of these: a key a line, NAME:KEY; read again when it changes",
+    )
+    add("--admin", action="store_true", help="also serve /v1/models/load and /v1/models/unload")
+    add("--admin-key", action="append", metavar="KEY", help="the same, for those who send this key; again for more")
+    add("--admin-key-file", default="", metavar="FILE", help="the same, for the keys in a file")
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that Host may have beside this machine's, as behind a proxy; only asked of a server on loopback without a key")  # fmt: skip
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="web pages that may use such a server, as https://app.example; *: all")  # fmt: skip
+    add("--trusted-proxy", action="append", default=[], type=proxy, metavar="ADDR",
+        help="a proxy's address or network: its X-Forwarded-For names the client")  # fmt: skip
+    add("--ssl-certfile", default="", metavar="FILE", help="speak TLS, with this certificate chain (PEM); read again on SIGHUP")
+    add("--ssl-keyfile", default="", metavar="FILE", help="its key, where it is in a file of its own")
+    add("--uds", default="", metavar="PATH", help="listen on a Unix socket for this user alone, instead of an address")
+
+
+def add_connection_args(group: argparse._ArgumentGroup) -> None:
+    add, limits, whole = group.add_argument, HttpLimits(), model_init.whole
+    add("--max-connections", type=whole(1, 1 << 20), default=limits.connections, metavar="N",
+        help="the oldest idle one makes room for a new one; default and most: three quarters of ulimit -n, up to 8,192")  # fmt: skip
+    add("--max-connections-per-address", type=whole(0, 1 << 20), default=0, metavar="N",
+        help="of one IPv4 address or IPv6 /64; default: three quarters of all")  # fmt: skip
+    add("--header-timeout", type=model_init.seconds, default=limits.header_s, metavar="S",
+        help="seconds for a whole request header, and for a TLS handshake (default 10)")  # fmt: skip
+    add("--idle-timeout", type=model_init.seconds, default=limits.idle_s, metavar="S",
+        help="seconds that a connection may be silent before a request (default 60)")  # fmt: skip
+    add("--min-body-rate", type=whole(0, 1 << 30), default=int(limits.body_rate), metavar="N",
+        help="bytes per second that a body must bring, 0: any (default 4096)")  # fmt: skip
+    add("--max-body", type=whole(1, 1 << 10), default=limits.max_body >> 20, metavar="MIB", help="of one request (default 16)")
+    add("--max-bodies", type=whole(1, 1 << 20), default=limits.all_bodies >> 20, metavar="MIB",
+        help="of all requests at once, half of it from one address; beyond that 503 (default 128)")  # fmt: skip
+
+
+def proxy(text: str) -> Any:
+    try:
+        return network(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address or a network") from None
+
+
+def access_of(args: argparse.Namespace) -> Access:
+    """Raises UsageError."""
+    keys = args.api_key if args.api_key is not None or args.api_key_file else [os.environ.get("API_KEY", "")]
+    if args.api_key is None:
+        keys = [key for key in keys or () if key]  # an empty variable is as good as none
+    admin = Keys(args.admin_key or (), args.admin_key_file, "--admin-key")
+    return Access(
+        Keys(keys, args.api_key_file),
+        admin if admin or args.admin else None,
+        guard=True,
+        hosts=frozenset(host_of(name) for name in args.allow_host),
+        origins=frozenset(origin_of(origin) for origin in args.allow_origin),
+        proxies=tuple(args.trusted_proxy),
+        json_only=True,
+    )
+
+
+def limits_of(args: argparse.Namespace) -> HttpLimits:
+    return HttpLimits(
+        args.max_connections, args.max_connections_per_address, args.header_timeout, args.idle_timeout,
+        args.min_body_rate, args.max_body << 20, args.max_bodies << 20,
+    )  # fmt: skip
+
+
+def tls_of(args: argparse.Namespace) -> ssl.SSLContext | None:
+    """Raises UsageError."""
+    if not args.ssl_certfile:
+        if args.ssl_keyfile:
+            raise UsageError("--ssl-keyfile needs --ssl-certfile")
+        return None
+    try:
+        return tls_context(args.ssl_certfile, args.ssl_keyfile)
+    except OSError as error:
+        files = " ".join(filter(None, (args.ssl_certfile, args.ssl_keyfile)))
+        raise UsageError(f"--ssl-certfile {files}: {error.strerror or error}") from None
 
 
 def banner(server: Server, engine: AnyEngine) -> str:
@@ -937,8 +1101,11 @@ def template_line(syntax: dict[str, Any]) -> str:
 
 
 def listening(server: Server) -> str:
-    host, port = str(server.server_address[0]), server.server_port
-    url = f"http://{'localhost' if host in ('0.0.0.0', '::', '127.0.0.1') else host}:{port}"
+    host, port, scheme = str(server.server_address[0]), server.server_port, "https" if server.tls else "http"
+    url = f"{scheme}://{'localhost' if host in ('0.0.0.0', '::', '127.0.0.1') else host}:{port}"
+    curl = f"curl {url}"
+    if server.uds:
+        url, curl = server.uds, f"curl --unix-socket {server.uds} {scheme}://localhost"
     stream = ',"stream":false' if server.profile.stream else ""
     names = list(server.models.catalog.models().values())
     asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
@@ -946,7 +1113,7 @@ def listening(server: Server) -> str:
     return f"""\
   listening on {url}  (OpenAI base_url: {url}/v1)
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  {curl}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
 """
 
@@ -976,23 +1143,34 @@ class Service:
             self.server = Server(
                 (profile.host, profile.port),
                 self.models,
-                api_key=args.api_key,
                 request_timeout=args.request_timeout,
                 strict=args.strict,
                 record=args.record,
                 profile=profile,
-                admin=args.admin_key or ("" if args.admin else None),
+                access=access_of(args),
+                limits=limits_of(args),
+                tls=tls_of(args),
+                uds=args.uds,
                 state=open_state(args),
                 drop_hosted=args.hosted_tools == "drop",
             )
         except OSError as error:
-            raise UsageError(f"cannot listen on {profile.host}:{profile.port}: {error.strerror or error}") from None
+            where = args.uds or f"{profile.host}:{profile.port}"
+            raise UsageError(f"cannot listen on {where}: {error.strerror or error}") from None
+        if args.max_connections > self.server.limits.connections:
+            log.warning("--max-connections is %d here: ulimit -n allows no more", self.server.limits.connections)
+        if not (args.uds or self.server.access.keys or is_loopback(str(self.server.server_address[0]))):
+            log.warning(
+                "no --api-key: whoever reaches this address may use the models, and so may any web page opened where it can be reached"
+            )
         self.models.on_ready, self.models.on_progress, self.models.on_fatal = self.ready, self.progress, self.fatal
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        log.info("listening on port %d", self.server.server_address[1])
+        if self.server.tls and hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, self.reload)
+        log.info("listening on %s", self.args.uds or f"port {self.server.server_port}")
         self.models.preload(["none"] if self.args.preload == "none" else model_init.preloaded(self.args))
         if not self.models.lives:
             self.greet_catalog()
@@ -1022,6 +1200,14 @@ class Service:
         self.exit_code = 1
         threading.Thread(target=self.server.shutdown).start()
 
+    def reload(self, _number: int, _frame: Any) -> None:
+        """A new certificate, for connections from now on."""
+        try:
+            self.server.tls = tls_of(self.args)
+            log.info("--ssl-certfile %s: read again", self.args.ssl_certfile)
+        except UsageError as error:
+            log.error("%s; the certificate stays as it was", error)
+
     def stop(self, number: int, _frame: Any) -> None:
         if self.stopping:  # the second Ctrl-C
             for engine in self.models.engines():
@@ -1035,7 +1221,8 @@ class Service:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=args.log_level, format=LOG_FORMAT, stream=sys.stderr)
+    logs.start(args.log_level, args.log_format, args.log_line)
+    memory.be_sparing()
     try:
         return Service(args).run()
     except UsageError as error:

@@ -7,6 +7,7 @@ client; closing the connection is how a job is cancelled, there as here. Nothing
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
@@ -22,7 +23,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from engine import (
     UPSTREAMS,
@@ -44,6 +45,11 @@ POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,12}")
 REFUSALS = (400, 413, 422)  # an upstream's words for: not with this request
+LISTING_MAX = 1 << 22  # bytes of its list of models
+TOKENS_MAX = 1 << 17  # taken for the longest answer where neither the request nor the upstream says
+# What an answer may be at most, beside what its tokens explain: bytes of events, characters of text, pieces of it.
+BASE_BYTES, BASE_TEXT, BASE_PIECES = 1 << 20, 1 << 16, 1 << 10
+TOKEN_BYTES, LOGPROB_BYTES, TOKEN_TEXT, TOKEN_PIECES = 4096, 1024, 256, 4
 
 
 class UpstreamFailed(EngineFailed):
@@ -52,6 +58,22 @@ class UpstreamFailed(EngineFailed):
     def __init__(self, message: str, status: int = 502, retry_after: str | None = None):
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
+
+
+def without_user(url: str) -> str:
+    """A URL as it may be shown: its user and password are left out."""
+    return re.sub(r"(?<=//)[^/?#]*@", "", url)
+
+
+def authorization(spec: EngineSpec) -> dict[str, str]:
+    """The header that lets us in: with the key, else with the user and password of the URL."""
+    url = urlsplit(spec.path)
+    if spec.key:
+        return {"Authorization": f"Bearer {spec.key}"}
+    if url.username is None:
+        return {}
+    user = f"{unquote(url.username)}:{unquote(url.password or '')}"
+    return {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
 
 
 class UpstreamJob(Job):
@@ -111,14 +133,19 @@ class Slots:
 
 
 class Upstream(Jobs):
-    """Another server as an engine; `spec.path` is its URL. It is ready once it lists a model, and dead when it has gone."""
+    """Another server as an engine; `spec.path` is its URL. It is ready once it lists a model, and dead when it has gone.
+
+    Nothing that it says is believed further than an engine's word: what it may send is bounded by what was asked of it.
+    Our clients never see where it is.
+    """
 
     def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
         super().__init__(spec, max_jobs, patience, on_change)
         url = urlsplit(spec.path)
         self.secure, self.host, self.port = url.scheme == "https", url.hostname or "localhost", url.port
         self.base = url.path.rstrip("/").removesuffix("/v1") + "/v1"
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {spec.key}"} if spec.key else {})
+        self.place = without_user(spec.path)  # for the log
+        self.headers = {"Content-Type": "application/json"} | authorization(spec)
         self.slots = Slots(spec.slots)
         self.reader = Reader()
         self.idle: deque[http.client.HTTPConnection] = deque(maxlen=POOL)  # under the lock
@@ -186,26 +213,30 @@ class Upstream(Jobs):
                 with contextlib.closing(connection):
                     connection.request("GET", f"{self.base}/models", headers=self.headers)
                     reply = connection.getresponse()
-                    data = reply.read()
+                    data = reply.read(LISTING_MAX)
                 if reply.status != 200:
-                    raise OSError(f"{self.base}/models answers {reply.status}")
+                    raise OSError(f"GET /v1/models answers {reply.status}")
                 failures = 0
                 if self.info is None or data != self.listed:
                     self.be_ready(json.loads(data))
                 self.listed = data
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
                 failures += 1
                 if self.info is None:
-                    log.log(30 if str(error) != self.why else 10, "%s is not there yet: %s", self.spec.path, error)
-                    self.why = str(error)
+                    why = self.placeless(error)
+                    log.log(30 if why != self.why else 10, "%s is not there yet: %s", self.place, error)
+                    self.why = why
                 elif failures == 3:
-                    self.die(f"{self.spec.path} has gone: {error}", isinstance(error, ConnectionRefusedError))
+                    log.warning("%s has gone: %s", self.place, error)
+                    self.die(
+                        f"the upstream server has gone: {self.placeless(error)}", isinstance(error, ConnectionRefusedError)
+                    )
             self.gone.wait(POLL_S if self.info else POLL_S / 4)
 
     def be_ready(self, listing: Any) -> None:
-        names = tuple(str(card["id"]) for card in listing["data"])
+        names = tuple(name for card in listing["data"][:1000] if len(name := str(card["id"])) <= 256 and name.isprintable())
         card = listing["data"][0]
-        library = f"{self.spec.backend} at {self.spec.path}"
+        library = f"{self.spec.backend} at {self.place}"
         mark = hashlib.sha256(f"{library} {names[0]}".encode()).hexdigest()[:12]
         self.info = EngineInfo(
             self.spec.backend, library, self.spec.slots, 0, int(card.get("max_model_len") or 0), 0, f"fp_{mark}", models=names
@@ -243,12 +274,26 @@ class Upstream(Jobs):
             try:
                 if reply.status != 200:
                     raise failure(reply.status, reply.headers.get("Retry-After"), reply.read(1 << 20))
-                self.reader.add(Reply(connection, reply, Answer(job, sampling), self.end))
+                self.reader.add(self.reply(connection, reply, job, sampling, len(data)))
             except BaseException:
                 connection.close()
                 raise
         except Exception as error:
             self.end(job, error)
+
+    def reply(
+        self, connection: http.client.HTTPConnection, reply: Any, job: UpstreamJob, sampling: Sampling, asked: int
+    ) -> Reply:
+        """`asked`: bytes of the request. With what it asked for they say how much may come."""
+        assert self.info is not None
+        each = self.info.context or TOKENS_MAX if sampling.max_tokens is None else sampling.max_tokens
+        tokens, line = job.open * each, BASE_BYTES + 32 * asked
+        events = Events(tokens * (TOKEN_BYTES + LOGPROB_BYTES * (sampling.logprobs or 0)) + line, line)
+        return Reply(connection, reply, Answer(job, sampling, tokens, asked), self.end, events)
+
+    def placeless(self, error: Exception) -> str:
+        """What went wrong, as clients may read it."""
+        return str(error).replace(self.place, "it").replace(self.host, "it")
 
     def end(self, job: UpstreamJob, error: Exception | None = None, kept: http.client.HTTPConnection | None = None) -> None:
         """Of a job, once, whatever it ends by. `kept`: a connection that can be used again."""
@@ -257,11 +302,11 @@ class Upstream(Jobs):
         if isinstance(error, (Refused, EngineFailed)):
             job.put(error)
         elif isinstance(error, ConnectionRefusedError):
-            job.put(UpstreamFailed(f"{self.spec.path} is not there", 503))
+            job.put(UpstreamFailed("it is not there", 503))
         elif error:  # resets, half lines, no JSON, a shape that nobody knows
             if not job.dropped:
                 log.info("upstream: %s: %s", type(error).__name__, error)
-            job.put(UpstreamFailed(f"{self.spec.path} broke off: {str(error)[:200] or type(error).__name__}"))
+            job.put(UpstreamFailed(f"it broke off: {self.placeless(error)[:200] or type(error).__name__}"))
         with self.lock:
             self.jobs.pop(job.number, None)
             if kept:
@@ -394,14 +439,18 @@ class Whole:
 
 
 class Events:
-    """Server-sent events as a push parser: bytes in as they come, their JSON out, up to [DONE]."""
+    """Server-sent events as a push parser: bytes in as they come, their JSON out, up to [DONE]; `most` bytes, `longest` in a line."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 1 << 62, longest: int = BASE_BYTES) -> None:
         self.rest, self.done = b"", False
+        self.most, self.longest = most, longest
 
     def feed(self, data: bytes) -> list[Any]:
         """Raises UpstreamFailed, Refused, ValueError."""
+        self.most -= len(data)
         *lines, self.rest = (self.rest + data).split(b"\n")
+        if self.most < 0 or len(self.rest) > self.longest:
+            raise too_much()
         out = []
         for line in lines:
             if not line.startswith(b"data:") or self.done:
@@ -423,13 +472,15 @@ class Events:
 class Reply:
     """A reply of 200 on its way in: bytes to events to deltas, as they come."""
 
-    def __init__(self, connection: http.client.HTTPConnection, reply: Any, answer: Answer, end: Callable[..., None]):
+    def __init__(
+        self, connection: http.client.HTTPConnection, reply: Any, answer: Answer, end: Callable[..., None], events: Events
+    ):
         self.connection, self.reply, self.answer = connection, reply, answer
         self.end = end  # called with the job, what went wrong, and the connection if it can be used again
         assert answer.job.socket
         self.socket = answer.job.socket  # http.client forgets it where the connection is to be closed
         self.body = Chunked() if reply.chunked else Whole(reply.length)
-        self.events = Events()
+        self.events = events
         self.error: Exception | None = None
 
     def begin(self) -> bool:
@@ -521,14 +572,21 @@ class Reader:
             return self.running
 
 
+def too_much() -> UpstreamFailed:
+    return UpstreamFailed("it sends more than it was asked for")
+
+
 class Answer:
     """An upstream's chunks as this server's deltas. Finish reasons are held back until the usage is known."""
 
-    def __init__(self, job: UpstreamJob, sampling: Sampling):
+    def __init__(self, job: UpstreamJob, sampling: Sampling, tokens: int = TOKENS_MAX, asked: int = 0):
+        """`tokens`: how many it may have in all; `asked`: bytes of the request, which may come back as an echo."""
         self.job, self.sampling = job, sampling
         self.finish: dict[int, str] = {}
         self.usage: dict[str, Any] = {}
-        self.pieces = 0
+        self.pieces = self.text = 0  # that have come; characters
+        self.most_pieces = BASE_PIECES + TOKEN_PIECES * tokens
+        self.most_text = BASE_TEXT + TOKEN_TEXT * tokens + (asked * job.open if sampling.echo else 0)
         self.calls: dict[int, int] = {}  # by choice: the index of the call that began last
 
     def take(self, chunk: dict[str, Any]) -> None:
@@ -566,7 +624,9 @@ class Answer:
         if text or (logprobs and not found):
             found.append(Delta(index, text, 0, None, (), now))
         if found:
-            self.pieces += 1
+            self.pieces, self.text = self.pieces + 1, self.text + sum(len(one.text) for one in found)
+            if self.pieces > self.most_pieces or self.text > self.most_text:
+                raise too_much()
             found[-1] = found[-1]._replace(logprobs=logprobs)
         for one in found:
             self.job.put(one)
@@ -626,9 +686,10 @@ def failure(status: int, retry_after: str | None, body: bytes) -> Exception:
         message, param, code = body[:300].decode("utf-8", "replace"), None, None
     message = message.rstrip(".")
     if status in REFUSALS:
-        param = param.removeprefix("body.") if isinstance(param, str) else None  # vLLM's path into the body
+        param = param.removeprefix("body.")[:200] if isinstance(param, str) else None  # vLLM's path into the body
         if param in ("input_tokens", "input_text"):  # vLLM's word for a prompt that does not fit
             param, code = "prompt", "context_length_exceeded"
         return Refused(f"{message}.", param, code if isinstance(code, str) else None)
+    retry_after = retry_after if re.fullmatch("[0-9]{1,6}", retry_after or "") else None
     told = status if status in (429, 503) else 502
     return UpstreamFailed(message if told != 502 else f"it answered {status}: {message}", told, retry_after)

@@ -1,6 +1,7 @@
 """What the tests share: a served model, scripted or real, on a free port."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -20,10 +21,18 @@ os.environ["XDG_STATE_HOME"] = os.environ["LOCALAPPDATA"] = (
     tempfile.mkdtemp()
 )  # a server started here keeps nothing of the user's
 
+import access  # noqa: E402
 import model_init  # noqa: E402
 import openai_api_endpoint as endpoint  # noqa: E402
 from backends import BACKENDS, WITH_EMBEDDINGS, missing_library  # noqa: E402
 from engine import EngineSpec  # noqa: E402
+
+FORWARDED = access.Access(proxies=(access.network("127.0.0.0/8"),))  # a test is many clients: X-Forwarded-For says which
+
+
+def from_client(number):
+    """The headers of one client out of many."""
+    return {"X-Forwarded-For": f"10.0.0.{number}"}
 
 
 class Served:
@@ -90,6 +99,7 @@ def until(condition, timeout=60):
 
 @contextlib.contextmanager
 def serve(models, ready=True, folder=None, **options):
+    options.setdefault("access", FORWARDED if {"api_key", "admin"}.isdisjoint(options) else None)
     server = endpoint.Server(("127.0.0.1", 0), models, **options)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -127,7 +137,9 @@ def serve_many(folder, names, slots=2, queue=2, profile=None, **limits):
         lambda model: EngineSpec("scripted:Scripted", str(model.path), slots),
         model_init.Limits(max_jobs=slots + queue, patience=60, **limits),
     )
-    with serve(lives, ready=False, folder=models[0].path, profile=profile, admin="") as served:
+    with serve(
+        lives, ready=False, folder=models[0].path, profile=profile, access=dataclasses.replace(FORWARDED, admin=access.Keys())
+    ) as served:
         served.at = {model.id: model.path for model in models}
         yield served
 

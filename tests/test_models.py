@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import serve, serve_many, sse, until
+from conftest import from_client, serve, serve_many, sse, until
 
+import access
 import catalog as catalog_room
 import model_init
 import openai_api_endpoint as endpoint
@@ -376,7 +377,7 @@ def test_a_load_that_fails_brings_the_old_model_back(tmp_path):
 def test_a_failure_is_told_to_everyone_who_was_promised(tmp_path):
     with serve_many(tmp_path, "ab") as served:
         (served.at["b"] / "fail").touch()
-        keys = [{"Authorization": f"Bearer {i}"} for i in range(3)]
+        keys = [from_client(i) for i in range(3)]
         (served.at["b"] / "slow").touch()
         assert [ask(served, "b", headers=key)[0] for key in keys] == [202] * 3
         (served.at["b"] / "slow").unlink()
@@ -390,11 +391,11 @@ def test_a_promised_model_stays_for_its_client(tmp_path):
     """A client that polls every two seconds would never see its model if another could have it unloaded at once."""
     with serve_many(tmp_path, "ab") as served:
         loaded(served, "a")
-        assert ask(served, "b", headers={"Authorization": "one"})[0] == 202
+        assert ask(served, "b", headers=from_client(1))[0] == 202
         until(lambda: statuses(served)["b"] == "loaded")
-        assert ask(served, "a", headers={"Authorization": "two"})[0] == 202
+        assert ask(served, "a", headers=from_client(2))[0] == 202
         time.sleep(0.3)
-        assert ask(served, "b", headers={"Authorization": "one"})[0] == 200
+        assert ask(served, "b", headers=from_client(1))[0] == 200
         loaded(served, "a")
 
 
@@ -522,7 +523,7 @@ def test_operators_routes(tmp_path):
         for admin, headers, status in (
             (None, {}, 403), ("key", {}, 401), ("key", {"Authorization": "Bearer key"}, 200), ("", {}, 200)
         ):  # fmt: skip
-            served.server.admin = admin
+            served.server.access.admin = None if admin is None else access.Keys([admin] if admin else [])
             assert served.request("POST", "/v1/models/unload", {"model": "b"}, headers)[0] == status
 
 
@@ -531,9 +532,9 @@ def test_one_clients_many_do_not_starve_anothers_one(tmp_path):
         (served.at["a"] / "hold").touch()
         loaded_first = in_background(lambda: ask(served, "a", "echo warm"))
         until(lambda: served.models.running() == 1)
-        many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers={"X-Api-Key": "many"}) for i in range(30)])
+        many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers=from_client(1)) for i in range(30)])
         until(lambda: served.models.running() == 31)
-        few = in_background(lambda: ask(served, "a", "echo few", headers={"X-Api-Key": "few"}))
+        few = in_background(lambda: ask(served, "a", "echo few", headers=from_client(2)))
         until(lambda: served.models.running() == 32)
         (served.at["a"] / "hold").unlink()
         for thread in loaded_first + many + few:
@@ -547,9 +548,9 @@ def test_with_one_slot_clients_take_turns(tmp_path):
     with serve_many(tmp_path, "a", slots=1, queue=40) as served:
         loaded(served, "a")
         (served.at["a"] / "hold").touch()
-        many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers={"X-Api-Key": "many"}) for i in range(20)])
+        many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers=from_client(1)) for i in range(20)])
         until(lambda: served.models.running() == 20)
-        few = in_background(lambda: ask(served, "a", "echo few", headers={"X-Api-Key": "few"}))
+        few = in_background(lambda: ask(served, "a", "echo few", headers=from_client(2)))
         until(lambda: served.models.running() == 21)
         (served.at["a"] / "hold").unlink()
         for thread in many + few:
@@ -565,12 +566,12 @@ def test_a_client_that_fills_the_queue_gives_way(tmp_path):
         (served.at["a"] / "hold").touch()
         answers = []
         threads = in_background(
-            *[lambda: answers.append(ask(served, "a", "echo x", headers={"X-Api-Key": "many"})[0]) for _ in range(5)]
+            *[lambda: answers.append(ask(served, "a", "echo x", headers=from_client(1))[0]) for _ in range(5)]
         )
         until(lambda: served.models.running() == 5)
-        assert ask(served, "a", headers={"X-Api-Key": "many"})[0] == 429
+        assert ask(served, "a", headers=from_client(1))[0] == 429
         few = []
-        threads += in_background(lambda: few.append(ask(served, "a", "echo few", headers={"X-Api-Key": "few"})[0]))
+        threads += in_background(lambda: few.append(ask(served, "a", "echo few", headers=from_client(2))[0]))
         until(lambda: answers == [429])
         (served.at["a"] / "hold").unlink()
         for thread in threads:
@@ -660,7 +661,7 @@ def test_switching_under_load(tmp_path):
     seen, waited = {"a": [], "b": []}, []
 
     def client(served, model, number):
-        key = {"Authorization": f"Bearer {model}{number}"}
+        key = from_client(ord(model) + number)
         while time.monotonic() < end:
             begun = time.monotonic()
             while (status := ask(served, model, "echo some more text", headers=key)[0]) != 200 and time.monotonic() < end + 20:
@@ -821,9 +822,9 @@ def test_llm_serves_error_codes(tmp_path):
         served.server.request_timeout = 0.3
         assert served.chat("forever")[0] == 504
         (served.at["a"] / "hold").touch()
-        busy = in_background(*[lambda i=i: ask(served, "a", headers={"X-Api-Key": "same"}) for i in range(2)])
+        busy = in_background(*[lambda i=i: ask(served, "a", headers=from_client(1)) for i in range(2)])
         until(lambda: served.models.running() == 2)
-        assert ask(served, "a", headers={"X-Api-Key": "same"})[0] == 429
+        assert ask(served, "a", headers=from_client(1))[0] == 429
         (served.at["b"] / "fail").touch()
         assert [ask(served, "b")[0], ask(served, "c")[0]] == [202, 409]
         (served.at["a"] / "hold").unlink()

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import serve_scripted, serve_upstream, sse, until
+from conftest import from_client, serve_scripted, serve_upstream, sse, until
 from test_cli import Command, one_line, run
 
 from backends import missing_library
@@ -330,7 +330,7 @@ def test_slots_and_queue(front, far):
     gate = threading.Semaphore(0)
     far.script = lambda connection, body: gate.acquire(timeout=10) and (connection.sendall(ANSWER) or True)
     answers = []
-    ask = lambda text, key: answers.append(front.chat(text, headers={"X-Api-Key": key})[0])  # noqa: E731
+    ask = lambda text, key: answers.append(front.chat(text, headers=from_client(ord(key)))[0])  # noqa: E731
     threads = []
     for text, key in (("one", "a"), ("two", "a"), ("three", "a"), ("four", "b")):
         threads.append(threading.Thread(target=ask, args=(text, key)))
@@ -338,7 +338,7 @@ def test_slots_and_queue(front, far):
         until(lambda: front.models.running() == len(threads))
     until(lambda: len(far.bodies) == 2)
     assert front.models.queue_depth() == 2
-    status, body, headers = front.chat("five", headers={"X-Api-Key": "a"})
+    status, body, headers = front.chat("five", headers=from_client(ord("a")))
     assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
     gate.release()
     until(lambda: len(far.bodies) == 3)
