@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import hashlib
 import os
 import random
 import re
@@ -40,7 +41,7 @@ import memory
 import messages_api
 import model_init
 import responses_api
-from access import Access, Keys, host_of, is_loopback, network, origin_of
+from access import Access, Keys, host_of, is_loopback, key_in, network, origin_of
 from api_errors import ApiError, as_api_error, rename
 from api_reply import (
     CHAT_SHAPE,
@@ -304,8 +305,14 @@ class Handler(Connection):
         return self.identity
 
     def owner(self) -> str:
-        """Whose the stored responses are: a key's, by its name. Without keys they are everybody's who may ask."""
-        return self.identity if self.server.access.keys else ""
+        """Whose the stored responses are: a key's, by its name, or by itself where it has none but its place in a list.
+
+        Without keys they are everybody's who may ask.
+        """
+        if not self.server.access.keys:
+            return ""
+        nameless = re.fullmatch(r"key (key|line)[0-9]+", self.identity)
+        return hashlib.sha256(key_in(self.headers).encode()).hexdigest()[:32] if nameless else self.identity
 
     def prefers_to_wait(self) -> float | None:
         """`Prefer: wait=N` (RFC 7240, section 4.3), in seconds."""

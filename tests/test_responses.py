@@ -14,6 +14,7 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 
 import responses_api
+from access import Access, Keys
 from api_errors import ApiError, rename
 from api_reply import CHAT_SHAPE, Choice, Completion
 from api_request import read_fields
@@ -578,3 +579,23 @@ def test_ignored_fields_are_told(tmp_path):
 
 def test_ids_have_their_prefixes():
     assert all(responses_api.new_id(kind).startswith(prefix) for kind, prefix in responses_api.PREFIXES.items())
+
+
+def test_a_key_has_its_own(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("ada: one\nbob: two\nthree\nfour\n")
+    keys.chmod(0o600)
+    with serve_scripted(tmp_path, access=Access(Keys(["five", "six"], str(keys)))) as served:
+        stored = {}
+        for key in ("one", "two", "three", "four", "five", "six"):
+            header = {"Authorization": f"Bearer {key}"}
+            stored[key] = served.request("POST", "/v1/responses", {"input": "echo x"}, header)[1]["id"]
+            for other, id in stored.items():
+                status = 200 if other == key else 404
+                for path in ("", "/input_items"):
+                    assert served.request("GET", f"/v1/responses/{id}{path}", None, header)[0] == status
+                asked = {"input": "echo y", "previous_response_id": id}
+                assert served.request("POST", "/v1/responses", asked, header)[0] == status
+        keys.write_text("four\nada: seven\n")  # another key of the same name, another place
+        for key, owner in (("seven", "one"), ("four", "four")):
+            assert served.request("GET", f"/v1/responses/{stored[owner]}", None, {"X-Api-Key": key})[0] == 200
