@@ -81,6 +81,7 @@ from api_request import (
     sampling_from,
 )
 from backends import WITH_EMBEDDINGS
+from background import Background, Running
 from catalog import Model, UsageError
 from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
@@ -353,8 +354,12 @@ class Handler(Connection):
         max_tokens: int | None,
         cut: bool = False,
         render: Callable[[Completion], Rendering] | None = None,
+        away: Callable[[Job, Completion], None] | None = None,
     ) -> None:
-        """`max_tokens`: where the request does not say. `cut`: it is cut down to what fits. `render`: as a dialect tells it."""
+        """`max_tokens`: where the request does not say. `cut`: it is cut down to what fits. `render`: as a dialect tells it.
+
+        `away`: takes the job over, instead of this handler.
+        """
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
             refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
@@ -381,6 +386,8 @@ class Handler(Connection):
             hide_reasoning=values.get("include_reasoning") is False,
             functions="functions" in values and "tools" not in values,
         )
+        if away:
+            return away(job, completion)
         self.rendering = render(completion) if render else Chunks(completion, values.get("stream_options", False))
         answer = Generation(self, job, completion, self.rendering, bool(told))
         self.server.peers.add(self, job.wake)
@@ -670,8 +677,14 @@ class Dialects(Handler):
         if values.get("store") and state is None:
             raise ApiError(400, "'store' is off: this server keeps no responses (--state none).", "store", "state_off")
         values["store"] = state is not None and values.get("store", True)
+        if values.get("background") and not values["store"]:
+            raise ApiError(400, "'background' is only allowed where the response is stored.", "background")
         past, before = [], values.get("previous_response_id")
         if before is not None:
+            if self.server.running.under_way(before):
+                raise ApiError(
+                    400, "'previous_response_id': that response is still being made.", "previous_response_id", "not_finished"
+                )
             found = state.chain(self.owner(), before) if state else None
             if found is None:
                 says = f"There is no response {before[:80]!r} to go on from: it was not stored, was deleted, or is too old."
@@ -695,10 +708,34 @@ class Dialects(Handler):
                     log.error("%s could not be stored: %s", response["id"], error)
                     response["store"] = False
 
-        def render(completion: Completion) -> Rendering:
+        def render(completion: Completion) -> responses_api.Answer:
             return responses_api.Answer(completion, turn, self.sampling_defaults(), keep)
 
-        self.generate([chat_prompt(values)], values, responses_api.SHAPE, self.server.profile.max_tokens, render=render)
+        def away(job: Job, completion: Completion) -> None:
+            answer = render(completion)
+            one = Background(job, completion, answer, self.server.request_timeout)
+            queued = {**answer.waiting()}
+            self.server.running.add(completion.id, one)
+            one.start()
+            self.follow(one, 0) if values.get("stream") else self.reply(200, queued)
+
+        self.generate(
+            [chat_prompt(values)], values, responses_api.SHAPE, self.server.profile.max_tokens, render=render,
+            away=away if turn.values.get("background") else None,
+        )  # fmt: skip
+
+    def follow(self, one: Background, number: int) -> None:
+        """Tell a response's events from this number on, as they come."""
+        self.begin_stream(b"")
+        ended = False
+        while not ended:
+            events, ended = one.after(number, 0.25)
+            number += len(events)
+            if events:
+                self.write(self.framed(b"".join(events)))
+            elif self.peer_gone():
+                raise PeerGone
+        self.end_stream(DONE)
 
     def sampling_defaults(self) -> dict[str, float]:
         engine = self.server.models.lives[self.model.id].engine
@@ -727,9 +764,22 @@ class Dialects(Handler):
         raise ApiError(405, "GET is not allowed here, but POST, OPTIONS is.", headers=[("Allow", "POST, OPTIONS")])
 
     def get_response(self, id: str) -> None:
-        self.reply(200, self.stored(id, State.get))
+        """The response; with `stream=true` the events of one that is made in the background, again or on from `starting_after`."""
+        response, query = self.stored(id, State.get), parse_qs(urlsplit(self.path).query)
+        if query.get("stream", ["false"])[-1] != "true":
+            return self.reply(200, response)
+        one, after = self.server.running.get(id), query.get("starting_after", ["-1"])[-1]
+        if one is None:
+            raise ApiError(
+                400, "The events of this response are not kept (any more): get it without stream.", "stream", "no_events"
+            )
+        if not re.fullmatch(r"-1|[0-9]{1,9}", after):
+            raise ApiError(400, "'starting_after' must be a sequence number.", "starting_after")
+        self.follow(one, int(after) + 1)
 
     def delete_response(self, id: str) -> None:
+        self.stored(id, State.get)
+        self.server.running.forget(id)
         self.stored(id, lambda state, owner, id: state.delete(owner, id) or None)
         self.reply(200, {"id": id, "object": "response", "deleted": True})
 
@@ -738,10 +788,12 @@ class Dialects(Handler):
         self.reply(200, responses_api.page(self.stored(id, State.given), query))
 
     def post_cancel(self, id: str) -> None:
-        self.stored(id, State.get)
-        raise ApiError(
-            400, "Only a response with background: true can be cancelled, and this one was not.", "id", "not_cancellable"
-        )
+        if not self.stored(id, State.get)["background"]:
+            says = "Only a response with background: true can be cancelled, and this one was not."
+            raise ApiError(400, says, "id", "not_cancellable")
+        if (one := self.server.running.get(id)) and not one.done:
+            one.cancel()
+        self.reply(200, self.stored(id, State.get))  # one that had ended stays as it was
 
     def messages_turn(self, values: dict[str, Any]) -> messages_api.Turn:
         turn = messages_api.Turn(values, self.server.key)
@@ -846,6 +898,7 @@ class Server(HttpServer):
     ):
         self.state = state if isinstance(state, State) else State() if state == "memory" else None  # of /v1/responses
         self.key = self.state.key if self.state else secrets.token_bytes(32)  # of what clients keep and send back
+        self.running = Running()  # in the background
         self.drop_hosted = drop_hosted  # tools that this server does not have are left out, not refused
         self.profile = profile or Profile()
         self.access = access or Access(

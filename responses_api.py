@@ -356,7 +356,7 @@ RESPONSES = {
     "prompt_cache_options": Field(ANYTHING, "changes nothing"),
     "service_tier": Field(STRING, "changes nothing"),
     "truncation": Field(one_of("disabled"), "what does not fit into the context is refused"),
-    "background": never(False),
+    "background": Field(BOOLEAN, "answer at once, and go on while the client is away; only with `store`"),
     "conversation": never(),
     "prompt": never(),
     "context_management": never([]),
@@ -559,7 +559,7 @@ class Turn:
             "object": "response",
             "created_at": created,
             "status": "in_progress",
-            "background": False,
+            "background": bool(values.get("background")),
             "completed_at": None,
             "error": None,
             "incomplete_details": None,
@@ -765,12 +765,32 @@ class Answer:
         response = self.finished()
         return self.event(f"response.{response['status']}", response=response | debug) + DONE
 
+    def waiting(self) -> Json:
+        """The response before the engine has taken it, stored: for one that is made in the background."""
+        self.base["status"] = "queued"
+        self.keep(self.base)
+        return self.base
+
+    def begun_in_background(self) -> None:
+        self.base["status"] = "in_progress"
+        self.keep(self.base)
+
+    def cancelled(self) -> bytes:
+        output = self.items() if self.choice.parts else []
+        self.keep(self.base | {"status": "cancelled", "output": output, "usage": self.usage()})
+        return DONE
+
     def failed(self, error: ApiError) -> bytes:
         told = {"code": ERROR_CODES.get(error.status, "server_error"), "message": error.message}
         output = self.items() if self.choice.parts else []
         response = self.base | {"status": "failed", "error": told, "output": output, "usage": self.usage()}
         self.keep(response)
         return self.event("response.failed", response=response) + DONE
+
+
+def split_events(data: bytes) -> list[bytes]:
+    """A stream's events one by one, without its [DONE]."""
+    return [event + b"\n\n" for event in data.removesuffix(DONE).split(b"\n\n") if event]
 
 
 DELTAS = {

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 VERSION = 1  # of the tables; `PRAGMA user_version`
-# `gone`: deleted, but a later response is built on it. `items`: which response an item came with.
+# `gone`: deleted, but a later response is built on it. `open`: its making has not ended. `items`: which response an item came with.
 TABLES = """
-CREATE TABLE responses (id TEXT PRIMARY KEY, owner TEXT, previous TEXT, created REAL, bytes INTEGER, gone INTEGER, head TEXT, input TEXT, output TEXT)
+CREATE TABLE responses (id TEXT PRIMARY KEY, owner TEXT, previous TEXT, created REAL, bytes INTEGER, gone INTEGER, open INTEGER, head TEXT, input TEXT, output TEXT)
 CREATE INDEX responses_previous ON responses (previous)
 CREATE INDEX responses_created ON responses (created, bytes)
 CREATE INDEX responses_gone ON responses (id) WHERE gone
+CREATE INDEX responses_open ON responses (id) WHERE open
 CREATE TABLE items (id TEXT, owner TEXT, response TEXT NOT NULL, PRIMARY KEY (id, owner))
 CREATE INDEX items_response ON items (response)
 CREATE TRIGGER forget AFTER DELETE ON responses BEGIN DELETE FROM items WHERE response = old.id; END
@@ -36,6 +37,7 @@ WITH RECURSIVE chain (previous, input, output, depth) AS (
     SELECT r.previous, r.input, r.output, depth + 1 FROM chain JOIN responses r ON r.id = chain.previous)
 SELECT previous, input, output FROM chain ORDER BY depth DESC
 """
+OPEN = ("queued", "in_progress")  # the status of a response whose making has not ended
 PRUNE_EVERY = 64  # writes
 
 Json = dict[str, Any]
@@ -57,6 +59,7 @@ class State:
                 create_private(Path(path))
             self.db = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             self.prepare()
+            self.end_open()
             self.prune()
         except (OSError, sqlite3.Error) as error:
             raise StateError(f"{path}: {error}") from None
@@ -81,17 +84,32 @@ class State:
             db.execute("ROLLBACK")
             raise
 
+    def end_open(self) -> None:
+        """What was being made when its server ended has failed. (Another that is still at it will write what it becomes.)"""
+        error = {"code": "server_error", "message": "The server ended while this response was being made."}
+        for id, head in self.db.execute("SELECT id, head FROM responses WHERE open").fetchall():
+            told = json.dumps(json.loads(head) | {"status": "failed", "error": error}, ensure_ascii=False)
+            self.db.execute("UPDATE responses SET open = 0, head = ? WHERE id = ?", (told, id))
+
     def put(self, owner: str, response: Json, given: list[Json]) -> None:
         """Keep a response and the items that were given to it; a later state of the same response takes its place."""
         head = {name: value for name, value in response.items() if name != "output"}
         data = [json.dumps(part, ensure_ascii=False) for part in (head, given, response["output"])]
-        row = (response["id"], owner, response["previous_response_id"], time.time(), sum(map(len, data)), *data)
+        row = (
+            response["id"],
+            owner,
+            response["previous_response_id"],
+            time.time(),
+            sum(map(len, data)),
+            response["status"] in OPEN,
+            *data,
+        )
         items = [(item["id"], owner, response["id"]) for item in [*given, *response["output"]]]
         with self.lock:
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 self.db.execute("DELETE FROM items WHERE response = ?", (response["id"],))
-                self.db.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?)", row)
+                self.db.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?)", row)
                 self.db.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", items)
                 self.db.execute("COMMIT")
             except BaseException:

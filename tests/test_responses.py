@@ -310,7 +310,6 @@ REFUSED = [
     ({"input": [{"type": "function_call_output", "output": ""}]}, "input[0].call_id"),
     ({"input": [USER, {"type": "reasoning", "summary": [], "encrypted_content": "gAAAA"}]}, "input[1].encrypted_content"),
     ({"input": [USER, {"type": "item_reference", "id": "msg_unknown"}]}, "input[1].id"),
-    ({"input": "q", "background": True}, "background"),
     ({"input": "q", "conversation": "c"}, "conversation"),
     ({"input": "q", "prompt": {"id": "p"}}, "prompt"),
     ({"input": "q", "truncation": "auto"}, "truncation"),
@@ -436,6 +435,8 @@ def test_sdk(scripted):
         sdk.responses.retrieve(first.id)
     with pytest.raises(openai.BadRequestError, match="background"):
         sdk.responses.cancel(second.id)
+    with pytest.raises(openai.BadRequestError, match="not kept"):
+        sdk.responses.retrieve(second.id, stream=True)
 
 
 def test_a_conversation(reader):
@@ -599,3 +600,102 @@ def test_a_key_has_its_own(tmp_path):
         keys.write_text("four\nada: seven\n")  # another key of the same name, another place
         for key, owner in (("seven", "one"), ("four", "four")):
             assert served.request("GET", f"/v1/responses/{stored[owner]}", None, {"X-Api-Key": key})[0] == 200
+
+
+# ──────────────────────────────────────────────────── in the background ───────────────────────────────────────────
+
+
+def status_of(served, id):
+    return served.request("GET", f"/v1/responses/{id}")[1]["status"]
+
+
+def test_background(scripted):
+    scripted.script("hold")
+    status, body, _ = scripted.request("POST", "/v1/responses", {"input": "echo hé", "background": True})
+    assert (status, body["status"], body["background"], body["output"]) == (200, "queued", True, [])
+    Response.model_validate(body)
+    until(lambda: status_of(scripted, body["id"]) == "in_progress")
+    asked = {"input": "echo x", "previous_response_id": body["id"]}
+    assert scripted.request("POST", "/v1/responses", asked)[1]["error"]["code"] == "not_finished"
+    scripted.script("hold", False)
+    until(lambda: status_of(scripted, body["id"]) == "completed")
+    done = scripted.request("GET", f"/v1/responses/{body['id']}")[1]
+    assert (done["output"][0]["content"][0]["text"], done["usage"]["output_tokens"]) == ("hé", 4)
+    assert scripted.request("POST", "/v1/responses", asked)[0] == 200
+    assert scripted.request("POST", f"/v1/responses/{body['id']}/cancel", {})[1]["status"] == "completed"
+
+
+def test_a_stream_is_found_again(scripted):
+    """What the client had before it left, and what comes from there on, are the stream."""
+    import http.client
+
+    conn = http.client.HTTPConnection(scripted.host, scripted.port, timeout=60)
+    conn.request("POST", "/v1/responses", json.dumps({"input": "echo " + "word " * 100, "background": True, "stream": True}))
+    reply, seen = conn.getresponse(), b""
+    while seen.count(b"\n\n") < 20:
+        seen += reply.read1(2000)
+    conn.close()
+    had = [json.loads(event.split(b"data: ")[1]) for event in seen.split(b"\n\n")[:-1]]
+    assert [event["sequence_number"] for event in had] == list(range(len(had)))
+    last = had[9]["sequence_number"]
+    id = had[0]["response"]["id"]
+    rest = scripted.request("GET", f"/v1/responses/{id}?stream=true&starting_after={last}")[1].decode()
+    *blocks, done, empty = rest.split("\n\n")
+    assert (done, empty) == ("data: [DONE]", "")
+    events = had[:10] + [json.loads(block.split("data: ")[1]) for block in blocks]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert text == "word " * 100 == events[-1]["response"]["output"][0]["content"][0]["text"]
+    parse(scripted.request("GET", f"/v1/responses/{id}?stream=true")[1])
+    assert scripted.request("GET", f"/v1/responses/{id}?stream=true&starting_after=x")[1]["error"]["param"] == "starting_after"
+    sdk = client(scripted)
+    with sdk.responses.stream(response_id=id, starting_after=4) as stream:
+        assert next(iter(stream)).sequence_number == 5
+        assert stream.get_final_response().id == id
+
+
+def test_cancel(scripted):
+    _, body, _ = scripted.request("POST", "/v1/responses", {"input": "forever", "background": True})
+    until(lambda: status_of(scripted, body["id"]) == "in_progress")
+    cancelled = scripted.request("POST", f"/v1/responses/{body['id']}/cancel", {})[1]
+    assert (cancelled["id"], cancelled["status"]) == (body["id"], "cancelled")
+    assert status_of(scripted, body["id"]) == "cancelled"
+    until(lambda: any(line.startswith("cancel") for line in scripted.calls()))
+    until(lambda: not scripted.models.engine.jobs)
+
+
+def test_deleted_while_it_is_made(scripted):
+    _, body, _ = scripted.request("POST", "/v1/responses", {"input": "forever", "background": True})
+    until(lambda: status_of(scripted, body["id"]) == "in_progress")
+    assert scripted.request("DELETE", f"/v1/responses/{body['id']}")[1]["deleted"]
+    until(lambda: not scripted.models.engine.jobs)
+    assert scripted.request("GET", f"/v1/responses/{body['id']}")[0] == 404
+
+
+def test_background_failures(scripted, tmp_path):
+    for text, code in (("echo " + "x" * 3000, "invalid_prompt"), ("raise", "server_error")):
+        _, body, _ = scripted.request("POST", "/v1/responses", {"input": text, "background": True})
+        until(lambda: status_of(scripted, body["id"]) == "failed")  # noqa: B023
+        assert scripted.request("GET", f"/v1/responses/{body['id']}")[1]["error"]["code"] == code
+        scripted.wait_ready()
+    status, body, _ = scripted.request("POST", "/v1/responses", {"input": "echo x", "background": True, "store": False})
+    assert (status, body["error"]["param"]) == (400, "background")
+    assert scripted.request("POST", "/v1/responses", {"input": "echo x", "background": True, "temperature": 9})[0] == 400
+
+
+def test_what_was_being_made_when_the_server_ended_has_failed(tmp_path):
+    state = State(str(tmp_path / "state"))
+    body = {
+        "id": "resp_1",
+        "previous_response_id": None,
+        "status": "in_progress",
+        "error": None,
+        "background": True,
+        "output": [],
+    }
+    state.put("", body, [])
+    state.close()
+    with serve_scripted(tmp_path, state=State(str(tmp_path / "state"))) as served:
+        told = served.request("GET", "/v1/responses/resp_1")[1]
+        assert (told["status"], told["error"]["code"]) == ("failed", "server_error")
+        assert served.request("POST", "/v1/responses/resp_1/cancel", {})[1]["status"] == "failed"

@@ -139,7 +139,7 @@ from state import State
 state = State({path!r})
 i = 0
 while True:
-    state.put("me", {{"id": str(i), "previous_response_id": str(i - 1) if i else None, "output": [{{"id": f"out-{{i}}", "text": "x" * 5000}}]}}, [])
+    state.put("me", {{"id": str(i), "previous_response_id": str(i - 1) if i else None, "status": "completed", "output": [{{"id": f"out-{{i}}", "text": "x" * 5000}}]}}, [])
     print(i, flush=True)
     i += 1
 """
