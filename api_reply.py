@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import codecs
 import json
+import math
 import struct
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +20,7 @@ from api_errors import ApiError
 from api_request import Constraint
 from constraints import violation
 from engine import Delta, Details, Event, Started, TokenLogprob, log
+from metrics import Tally
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every call
 
@@ -53,6 +56,7 @@ class Choice:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for text_offset: characters may span tokens
         self.offset = 0  # characters of the tokens so far
         self.stop = ""  # the stop string that ended it
+        self.last_at = 0.0  # its last delta's, where gaps are counted
 
     def add(self, delta: Delta) -> None:
         if delta.kind == "call":
@@ -99,6 +103,7 @@ class Completion:
     first_at: float = 0.0
     last_at: float = 0.0
     details: list[Details] = field(default_factory=list)
+    gaps: Tally | None = None  # the times between tokens, where they are wanted
 
     def start(self, event: Started) -> None:
         self.started_at = self.started_at or event.at
@@ -116,6 +121,10 @@ class Completion:
         if delta.finish == "tool_calls" and (wrong := self.wrong_call(choice)):
             log.info("%s: a call leaves its schema: %s", self.id, wrong)
             delta = delta._replace(finish="length")
+        if self.gaps and delta.tokens:
+            if choice.last_at:
+                self.gaps.observe((delta.at - choice.last_at) / delta.tokens, delta.tokens)
+            choice.last_at = delta.at
         if delta.finish in ("stop", "cut"):
             text, cut = choice.text, delta.finish == "cut"
             wrong = self.constraint.fault(text, cut) if self.constraint else None
@@ -132,6 +141,10 @@ class Completion:
             if schema is not None and (wrong := violation(schema, json.loads(call.text))):
                 return wrong
         return None
+
+    def finishes(self) -> Iterable[str]:
+        """How each choice ended, for the counters."""
+        return [choice.finish or "aborted" for choice in self.choices]
 
     def usage(self) -> dict[str, Any]:
         details = (
@@ -392,18 +405,43 @@ def piece_json(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-def embedding(index: int, vector: list[float], values: dict[str, Any]) -> dict[str, Any]:
-    """One row of the embeddings reply; base64 is what the official SDK asks for."""
-    wanted = values.get("dimensions", len(vector))
-    if wanted > len(vector):
-        raise ApiError(400, f"'dimensions' must be at most {len(vector)} for this model.", "dimensions")
-    if wanted < len(vector):
-        vector = vector[:wanted]
-        length = sum(x * x for x in vector) ** 0.5 or 1.0
-        vector = [x / length for x in vector]
-    packed = (
-        base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-        if values.get("encoding_format") == "base64"
-        else vector
-    )
-    return {"object": "embedding", "index": index, "embedding": packed}
+def embeddings(vectors: list[bytes], values: dict[str, Any], model: str, tokens: int) -> bytes:
+    """The embeddings reply. Numbers are written here: JSON's own encoder would take longer than a small model does."""
+    rows = []
+    for i, vector in enumerate(vectors):
+        packed = shortened(vector, values["dimensions"]) if "dimensions" in values else vector
+        if values.get("encoding_format") == "base64":  # what the official SDK asks for
+            said = b'"%s"' % base64.b64encode(packed)
+        else:
+            said = b"[%s]" % (b"%.9g," * (len(packed) // 4) % struct.unpack(f"<{len(packed) // 4}f", packed))[:-1]
+        rows.append(b'{"object":"embedding","index":%d,"embedding":%s}' % (i, said))
+    rest = compact({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return b'{"object":"list","data":[%s],%s' % (b",".join(rows), rest[1:])
+
+
+def shortened(vector: bytes, wanted: int) -> bytes:
+    """Its first numbers, of length 1 again."""
+    numbers = struct.unpack(f"<{len(vector) // 4}f", vector)
+    if wanted > len(numbers):
+        raise ApiError(400, f"'dimensions' must be at most {len(numbers)} for this model.", "dimensions")
+    if wanted == len(numbers):
+        return vector
+    length = math.hypot(*numbers[:wanted]) or 1.0
+    return struct.pack(f"<{wanted}f", *(x / length for x in numbers[:wanted]))
+
+
+def ranking(scores: list[float], values: dict[str, Any], model: str, tokens: int) -> dict[str, Any]:
+    """The reply of /rerank, in Jina's and Cohere's shape: the best first."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: values.get("top_n")]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
+    if values.get("return_documents"):
+        results = [result | {"document": {"text": values["documents"][result["index"]]}} for result in results]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"id": f"rerank-{uuid.uuid4().hex}", "object": "list", "model": model, "results": results, "usage": usage}
+
+
+def pair_scores(scores: list[float], model: str, tokens: int) -> dict[str, Any]:
+    """The reply of /score, in vLLM's shape."""
+    data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
+    head = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model, "data": data}
+    return head | {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}}

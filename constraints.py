@@ -1,1124 +1,1273 @@
-"""JSON Schema, regex and choice lists as one grammar text that llama.cpp (GBNF) and OpenVINO GenAI (xgrammar EBNF) both read.
+"""JSON Schema as a grammar, and as a check of values. Text to text: no engine, no HTTP.
 
-Only what both parsers take alike is written: rule names of letters and digits, ``""`` for an empty alternative, the escapes
-``\\"``, ``\\\\``, ``\\uXXXX`` and ``\\UXXXXXXXX`` (``\\x`` takes two digits in one and any number in the other), positive character
-classes (xgrammar cuts negative ones at U+007F), and one repetition per plain atom.  A grammar with a dead end aborts the
-process in llama.cpp and is no constraint at all in xgrammar, so every rule is proved to end before it is handed out.
+Keywords mean what the draft says that `$schema` names, and 2020-12's where it names none (json-schema.org/draft/2020-12), joined by the
+older words that 2020-12 does not have. What is unknown is an annotation, told by `annotations`; what constrains is honoured whole
+or refused by name. A sentence of the grammar always satisfies the schema; the grammar may be narrower (order of properties, digits).
 
-Keywords mean what JSON Schema 2020-12 (json-schema.org/draft/2020-12) says; a sentence of the grammar always satisfies the
-schema, while the grammar may be narrower than the schema (order of properties, no extra ones, bounded nesting and digits).
+How: a schema is taken apart into shapes, each a set of values of one type: strings of a language, numbers in a range, objects with
+these properties… A place in a document holds a state, the schemas that its value must all satisfy or fail; a state's shapes are met
+(allOf), joined (anyOf) and turned round (not, and with it oneOf and if); each state that is reached becomes one rule.
 """
 
 from __future__ import annotations
 
-import bisect
-import importlib
 import json
 import math
-import re
-import sys
-import urllib.parse
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NoReturn
 
-MAX_REPEAT, MAX_RULES, MAX_TEXT, MAX_DEPTH, MAX_REGEX = 1_000, 2_000, 200_000, 64, 1_000
-MAX_COPIES = 20_000  # all repetition bounds together: llama.cpp writes each out as rules
-MAX_OPTIONAL, MAX_MEMBERS = 64, 100  # beyond, xgrammar takes seconds to compile and llama.cpp tenths of a second a token
-MAX_PLACES = 1_000  # in an ambiguous text; at 8,000 xgrammar takes 3 s a token, at 40,000 llama.cpp takes 8 s
-DIGITS, ANY_DEPTH, KEY_LENGTH, AROUND = 16, 4, 64, 64
-_sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+from grammar import Grammar, ebnf_grammar, lark_grammar, own_grammar, prefixed, quoted
+from json_schema import (
+    CONSTRAINING,
+    FORMATS,
+    MAX_DEPTH,
+    OF_TYPE,
+    TYPES,
+    Check,
+    Document,
+    bounds_of,
+    dependencies_of,
+    exact,
+    format_term,
+    is_a,
+    key_of,
+    kinds_of,
+    nests,
+    refuse,
+    required_of,
+    step_to,
+    tuple_of,
+    unknown_words,
+    violation,
+)
+from regular import (
+    ALL,
+    ANY,
+    DIGIT,
+    DIGITS,
+    EMPTY,
+    MAX_REPEAT,
+    NONE,
+    NONZERO,
+    NUMBER,
+    TEXT,
+    Bound,
+    Regex,
+    Term,
+    Unsupported,
+    alt,
+    both,
+    decimals,
+    has,
+    integers,
+    lengths,
+    lit,
+    matches,
+    multiples,
+    nothing,
+    other,
+    pattern_term,
+    plain_digits,
+    rep,
+    seq,
+    words,
+)
+
+__all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "object_grammar", "own_grammar", "prefixed", "regex_grammar", "regex_matches", "schema_grammar", "unknown_words", "violation"]  # fmt: skip
+
+MAX_ALTERNATIVES, MAX_STATES, MAX_COUNTED, MAX_UNIQUE = 256, 4_000, 4_000, 5
+MAX_WORK = 100_000  # meetings of two shapes
+MAX_LISTED = 100  # multiples written out
+MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
+    4,
+    8,
+    1_000,
+)  # properties kept apart whether required or not, and required ones, in any order
 
 
-class Unsupported(ValueError):
-    """One sentence: which keyword or construct is not supported, and where."""
+# ---- shapes: sets of values of one type
 
 
-# ---- terms and their text
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A schema that a value satisfies, or (positive False) does not. Two are equal when they are the same place of the document."""
+
+    node: Any
+    base: str
+    positive: bool
+    path: str
+    key: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        place = self.node if isinstance(self.node, bool) else id(self.node)
+        object.__setattr__(self, "key", (place, self.base, self.positive))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Item) and self.key == other.key
+
+    def turned(self) -> Item:
+        return Item(self.node, self.base, not self.positive, self.path)
 
 
-Ranges = tuple[tuple[int, int], ...]
+State = tuple[Item, ...]  # all of them at once; none: any value
+FALSE: State = (Item(False, "", True, "$"),)
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Values that are listed, of any type."""
+
+    values: tuple[Any, ...]
+    keys: frozenset[Any] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", frozenset(map(key_of, self.values)))
 
 
 @dataclass(frozen=True)
-class Term:
-    """A piece of grammar: 'lit' text, 'set' ranges, 'ref' text, 'seq' parts, 'alt' parts, or 'rep' parts[0] low..high."""
+class Number:
+    whole: bool = False
+    low: Bound | None = None
+    high: Bound | None = None
+    step: Fraction | None = None  # that divides it
+    terms: tuple[Term, ...] = ()  # of its digits, without an exponent
 
-    op: str
-    text: str = ""
-    parts: tuple[Term, ...] = ()
-    ranges: Ranges = ()
+
+@dataclass(frozen=True)
+class Text:
     low: int = 0
     high: int | None = None
-
-
-def _lit(text: str) -> Term:
-    return Term("lit", text)
-
-
-def _seq(*parts: Term) -> Term:
-    kept: list[Term] = []
-    for part in parts:
-        if kept and kept[-1].op == part.op == "lit":
-            kept[-1] = _lit(kept[-1].text + part.text)
-        elif part.op != "lit" or part.text:
-            kept.append(part)
-    return kept[0] if len(kept) == 1 else Term("seq", parts=tuple(kept)) if kept else _EMPTY
-
-
-def _alt(parts: Iterable[Term]) -> Term:
-    kept = tuple(dict.fromkeys(parts))
-    return kept[0] if len(kept) == 1 else Term("alt", parts=kept)
-
-
-def _rep(part: Term, low: int, high: int | None) -> Term:
-    """low..high of the part, counted in sixteens where there are many: xgrammar takes seconds a token for [..]{0,500}."""
-    if part == _EMPTY or high == 0:
-        return _EMPTY
-    if low == high == 1:
-        return part
-    many = Term("rep", parts=(part,), low=_CHUNK, high=_CHUNK)
-    if low > 2 * _CHUNK:
-        rest = low % _CHUNK
-        return _seq(
-            _rep(many, low // _CHUNK, low // _CHUNK),
-            _rep(part, rest, rest),
-            _rep(part, 0, None if high is None else high - low),
-        )
-    if high is not None and high - low > 2 * _CHUNK:
-        turns = (high - low - _CHUNK + 1) // _CHUNK  # the rest is at least fifteen, so that no count is left out
-        return _seq(_rep(many, 0, turns), _rep(part, low, high - turns * _CHUNK))
-    return Term("rep", parts=(part,), low=low, high=high)
-
-
-def _set(*pieces: str) -> Term:
-    return Term("set", ranges=tuple((ord(piece[0]), ord(piece[-1])) for piece in pieces))
-
-
-_EMPTY, _CHUNK = _lit(""), 16
-_DIGIT, _NONZERO = _set("09"), _set("19")
-_PLAIN: Ranges = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7E), (0xA0, 0xD7FF), (0xE000, 0x10FFFF))  # as it is in a JSON string
-_TEXT: Ranges = ((9, 10), (13, 13), (0x20, 0x7E), (0xA0, 0xD7FF), (0xE000, 0x10FFFF))
-_ALL: Ranges = ((1, 0xD7FF), (0xE000, 0x10FFFF))
-_CHAR = _alt([Term("set", ranges=_PLAIN), _seq(_lit("\\"), Term("set", ranges=tuple((ord(c), ord(c)) for c in '"/\\bfnrt')))])
-_ESCAPED = re.compile(r'["\\\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]')
-
-
-def _quoted(text: str) -> str:
-    return '"' + _ESCAPED.sub(lambda m: "\\" + m[0] if m[0] in '"\\' else f"\\u{ord(m[0]):04X}", text) + '"'
-
-
-def _class_char(code: int) -> str:
-    if chr(code).isascii() and chr(code).isalnum():
-        return chr(code)
-    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
-
-
-def _class(ranges: Ranges) -> str:
-    return "[" + "".join(_class_char(a) + ("-" + _class_char(b) if b > a else "") for a, b in ranges) + "]"
-
-
-def _suffix(low: int, high: int | None) -> str:
-    marks = {(0, 1): "?", (0, None): "*", (1, None): "+"}
-    return marks.get((low, high)) or (f"{{{low}}}" if low == high else f"{{{low},{'' if high is None else high}}}")
-
-
-class Grammar:
-    """Named rules, written out from the root on: what the root does not reach is left out."""
-
-    def __init__(self) -> None:
-        self.rules: dict[str, Term] = {}
-        self.names: dict[Term, str] = {}
-        self.origin: dict[str, str] = {}
-        self.copies = 0
-
-    def name(self, origin: str = "") -> str:
-        if len(self.rules) + len(self.origin) >= 2 * MAX_RULES:
-            raise Unsupported(f"a grammar of more than {MAX_RULES} rules is not supported")
-        fresh = f"r{len(self.rules)}"
-        self.rules[fresh] = _EMPTY
-        if origin:
-            self.origin[fresh] = origin
-        return fresh
-
-    def share(self, term: Term) -> Term:
-        """The term itself when it is short, else a reference to a rule of it (the same rule for the same term)."""
-        if term.op in ("lit", "ref") or (term.op == "set" and _inline(term)):
-            return term
-        if term not in self.names:
-            self.names[term] = self.name()
-            self.rules[self.names[term]] = term
-        return Term("ref", self.names[term])
-
-    def text(self, root: Term) -> str:
-        """The grammar's text, once every rule in it is known to end and none calls itself before it has read something."""
-        lines, todo, seen, size = [], deque([("root", root)]), {"root": root}, 0
-        while todo:
-            name, term = todo.popleft()
-            lines.append(f"{name} ::= {_class(term.ranges) if term.op == 'set' else self._write(term)}\n")
-            size += len(lines[-1])
-            for found in re.findall(r"\br[0-9]+\b", _QUOTES.sub("", lines[-1])):
-                if found not in seen:
-                    seen[found] = self.rules[found]
-                    todo.append((found, seen[found]))
-            if size > MAX_TEXT or len(lines) > MAX_RULES:
-                raise Unsupported(f"a grammar over {MAX_RULES} rules or {MAX_TEXT} characters is not supported")
-        self._prove(seen)
-        if Places(seen).most() > MAX_PLACES:
-            raise Unsupported(
-                "text that may be read in so many ways at once (repetitions of repetitions, say) is not supported"
-            )
-        return "".join(lines)
-
-    def _write(self, term: Term, inside: str = "") -> str:
-        if term.op == "lit":
-            return _quoted(term.text)
-        if term.op == "set" and _inline(term):
-            return _class(term.ranges)
-        if term.op == "set":
-            return self.share(term).text
-        if term.op == "ref":
-            return term.text
-        if term.op == "rep":
-            self.copies += max(term.low, term.high or 0)
-            if max(term.low, term.high or 0) > MAX_REPEAT or self.copies > MAX_COPIES:
-                raise Unsupported(f"a repetition over {MAX_REPEAT}, or {MAX_COPIES} in all, is not supported")
-            return self._write(self.share(term.parts[0])) + _suffix(term.low, term.high)
-        text = (" " if term.op == "seq" else " | ").join(self._write(part, term.op) for part in term.parts)
-        return f"({text})" if term.op == "alt" and inside else text
-
-    def _prove(self, rules: dict[str, Term]) -> None:
-        for test, fault in ((_ends, "can never end"), (_reads, "reads nothing before it repeats")):
-            stuck = rules.keys() - _settle(rules, test)
-            if stuck:
-                where = next((self.origin[name] for name in sorted(stuck) if name in self.origin), "the schema")
-                raise Unsupported(f"the recursion of {where} {fault}, which is not supported")
-
-
-class Places:
-    """How many places in a grammar a parser has to look at for one character, in a text that a greedy adversary writes.
-
-    The engines walk all ways to read a text at once, for every token of the vocabulary: at thousands of places a token takes seconds,
-    and everyone waits. A place is a term, how often it has been repeated, and what comes after it.
-    """
-
-    STEPS, TRIES, CODES, WORK = 48, 4, 64, 1_000_000
-
-    def __init__(self, rules: dict[str, Term]) -> None:
-        self.rules = rules
-        self.places: list[tuple[Term, int, int]] = [(_EMPTY, 0, 0)]  # 0 is the end
-        self.numbers: dict[tuple[int, int, int], int] = {}  # by the term's identity: to hash a deep term takes long
-        self.tails: dict[int, Term] = {}  # a literal without its first character
-        self.known: dict[int, tuple[list[tuple[Ranges, int]], int]] = {}
-        self.starts: dict[Ranges, list[int]] = {}
-        self.work = 0
-
-    def place(self, term: Term, count: int, after: int) -> int:
-        key = (id(term), count, after)
-        if key not in self.numbers:
-            self.numbers[key] = len(self.places)
-            self.places.append((term, count, after))  # keeps the term, and so its identity
-        return self.numbers[key]
-
-    def heads(self, start: int) -> tuple[list[tuple[Ranges, int]], int]:
-        """What may be read at a place, as (characters, the place behind them), and how many places it took to find that out."""
-        if start in self.known:
-            return self.known[start]
-        found, todo, seen = [], [start], {start}
-        while todo and len(seen) <= MAX_PLACES:
-            number = todo.pop()
-            term, count, after = self.places[number]
-            self.work += 1 + len(term.parts)
-            if term.op == "set":
-                found.append((term.ranges, after))
-                continue
-            if term.op == "lit" and term.text:
-                rest = after if len(term.text) == 1 else self.place(self.tail(term), 0, after)
-                found.append((((ord(term.text[0]), ord(term.text[0])),), rest))
-                continue
-            following = [after] if number else []
-            if term.op == "ref":
-                following = [self.place(self.rules[term.text], 0, after)]
-            elif term.op == "alt":
-                following = [self.place(part, 0, after) for part in term.parts]
-            elif term.op == "seq":
-                for part in reversed(term.parts):
-                    after = self.place(part, 0, after)
-                following = [after]
-            elif term.op == "rep":
-                following = [after] if count >= term.low else []
-                if term.high is None or count < term.high:
-                    more = self.place(term, min(count + 1, term.low) if term.high is None else count + 1, after)
-                    following.append(self.place(term.parts[0], 0, more))
-            todo += [number for number in following if number not in seen]
-            seen.update(following)
-        self.known[start] = (found, len(seen))
-        return self.known[start]
-
-    def tail(self, term: Term) -> Term:
-        return self.tails.setdefault(id(term), _lit(term.text[1:]))
-
-    def most(self) -> int:
-        """The largest sum of places that one character made the parser look at; beyond MAX_PLACES it is not looked further."""
-        now, most = frozenset([self.place(Term("ref", "root"), 0, 0)]), 0
-        been: set[frozenset[int]] = set()
-        while now and now not in been and len(been) < self.STEPS:
-            been.add(now)
-            most = max(most, self.size(now))
-            if most > MAX_PLACES or self.work > self.WORK:
-                return MAX_PLACES + 1
-            heads: dict[Ranges, list[int]] = {}
-            for number in now:
-                for ranges, place in self.heads(number)[0]:
-                    heads.setdefault(ranges, []).append(place)
-            now = max((self.after(heads, code) for code in self.likely(heads)), key=self.size, default=frozenset())
-        return most
-
-    def size(self, now: frozenset[int]) -> int:
-        return sum(self.heads(number)[1] for number in now)
-
-    def likely(self, heads: dict[Ranges, list[int]]) -> list[int]:
-        """Characters that may be read in the most ways."""
-        codes = sorted({ranges[0][0] for ranges in heads})[: self.CODES] + [ord(char) for char in "a 0A,"]
-        ranked = sorted({*codes}, key=lambda code: (-len(self.after(heads, code)), code))
-        return ranked[: self.TRIES]
-
-    def after(self, heads: dict[Ranges, list[int]], code: int) -> frozenset[int]:
-        self.work += len(heads)
-        return frozenset(place for ranges, places in heads.items() if self.holds(ranges, code) for place in places)
-
-    def holds(self, ranges: Ranges, code: int) -> bool:
-        """The ranges are in order and apart."""
-        if ranges not in self.starts:
-            self.starts[ranges] = [first for first, _ in ranges]
-        at = bisect.bisect_right(self.starts[ranges], code) - 1
-        return at >= 0 and code <= ranges[at][1]
-
-
-def _inline(term: Term) -> bool:
-    """xgrammar lets wrong bytes through where two classes beyond ASCII stand side by side, but not where they are rules."""
-    return term.ranges[-1][1] < 128
-
-
-_QUOTES = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]')
-
-
-def _settle(rules: dict[str, Term], test: Callable[[Term, set[str]], bool]) -> set[str]:
-    """The rules that pass the test, given that those found before pass it."""
-    done: set[str] = set()
-    order, before = list(rules), -1
-    while len(done) > before:
-        before = len(done)
-        order.reverse()
-        for name in order:
-            if name not in done and test(rules[name], done):
-                done.add(name)
-        order = [name for name in order if name not in done]
-    return done
-
-
-def _ends(term: Term, done: set[str]) -> bool:
-    if term.op == "ref":
-        return term.text in done
-    if term.op == "rep":
-        return term.low == 0 or _ends(term.parts[0], done)
-    return (any if term.op == "alt" else all)(_ends(part, done) for part in term.parts) or not term.parts
-
-
-def _reads(term: Term, done: set[str]) -> bool:
-    if term.op == "ref":
-        return term.text in done
-    return all(_reads(part, done) for part in (term.parts if term.op == "alt" else term.parts[:1]))
-
-
-def _nullable(term: Term) -> bool:
-    if term.op == "rep":
-        return term.low == 0 or _nullable(term.parts[0])
-    if term.op in ("seq", "alt"):
-        return (any if term.op == "alt" else all)(map(_nullable, term.parts))
-    return term == _EMPTY
-
-
-def _words(words: Iterable[str], depth: int = 0) -> Term:
-    """One of the words, common beginnings written once: thousands of alternatives side by side are slow in llama.cpp."""
-    groups: dict[str, list[str]] = {}
-    for word in words:
-        groups.setdefault(word[:1], []).append(word)
-    parts = []
-    for first, group in groups.items():
-        if len(group) == 1 or not first or depth > 40:
-            parts += [_lit(word) for word in group]
-            continue
-        shared = _common(min(group), max(group))
-        parts.append(_seq(_lit(shared), _words((word[len(shared) :] for word in group), depth + 1)))
-    return _alt(parts)
-
-
-def _common(a: str, b: str) -> str:
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
-
-
-# ---- regular expressions
-
-
-_CATEGORY: dict[str, Ranges] = {
-    "DIGIT": ((48, 57),),
-    "SPACE": ((9, 13), (32, 32)),
-    "WORD": ((48, 57), (65, 90), (95, 95), (97, 122)),
-}
-_REFUSED = {
-    "ASSERT": "lookaround",
-    "ASSERT_NOT": "lookaround",
-    "GROUPREF": "backreference",
-    "GROUPREF_EXISTS": "conditional group",
-    "AT_BOUNDARY": "word boundary",
-    "AT_NON_BOUNDARY": "word boundary",
-    "AT_BEGINNING": "anchor '^' inside the pattern",
-    "AT_END": "anchor '$' inside the pattern",
-}
-_STARTS, _STOPS = ("AT_BEGINNING", "AT_BEGINNING_STRING"), ("AT_END", "AT_END_STRING")
-
-
-def _ordered(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    merged: list[tuple[int, int]] = []
-    for a, b in sorted(ranges):
-        if merged and a <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
-        else:
-            merged.append((a, b))
-    return tuple(merged)
-
-
-def _without(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    out, start = [], 0
-    for a, b in _ordered(ranges):
-        out.append((start, a - 1))
-        start = b + 1
-    return tuple((a, b) for a, b in [*out, (start, 0x10FFFF)] if a <= b)
-
-
-def _both(left: Ranges, right: Ranges) -> Ranges:
-    return _ordered((max(a, c), min(b, d)) for a, b in left for c, d in right if max(a, c) <= min(b, d))
-
-
-class Regex:
-    """A pattern as the stdlib's own parser reads it, turned into a term; what it cannot say is refused by name."""
-
-    def __init__(self, pattern: str, named: Ranges, wide: Ranges, where: str) -> None:
-        """`named` are the characters a pattern may name, `wide` those that a dot or a negated class stands for."""
-        self.named, self.wide, self.where, self.spread = named, wide, where, 0
-        if len(pattern) > MAX_REGEX:
-            self.refuse(f"a regex over {MAX_REGEX} characters")
-        try:
-            self.tree = _sre.parse(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise Unsupported(f"the regex{where} cannot be read: {str(error)[:100]}") from None
-        if self.tree.state.flags & ~re.UNICODE:
-            self.refuse("a regex flag")
-
-    def refuse(self, what: str) -> NoReturn:
-        raise Unsupported(f"{what}{self.where} is not supported")
-
-    def term(self, around: Term) -> Term:
-        """The whole pattern, with `around` at each end that has no anchor."""
-        items = list(self.tree)
-        branches = items[0][1][1] if len(items) == 1 and str(items[0][0]) == "BRANCH" else [items]
-        return _alt(self._anchored(list(branch), around) for branch in branches)
-
-    def _anchored(self, items: list[Any], around: Term) -> Term:
-        first = last = around
-        while items and str(items[0][1]) in _STARTS:
-            first = _EMPTY
-            items.pop(0)
-        while items and str(items[-1][1]) in _STOPS:
-            last = _EMPTY
-            items.pop()
-        return _seq(first, self._items(items), last)
-
-    def _items(self, items: Iterable[Any]) -> Term:
-        return _seq(*(self._item(str(op), value) for op, value in items))
-
-    def _item(self, op: str, value: Any) -> Term:
-        if op in self._OPS:
-            return self._OPS[op](self, value)
-        what = str(value) if op == "AT" else op
-        self.refuse(f"regex {_REFUSED.get(what, what.lower().replace('_', ' '))}")
-
-    def _ranges(self, ranges: Ranges, allowed: Ranges) -> Term:
-        found = _both(ranges, allowed)
-        return Term("set", ranges=found) if found else self.refuse("a character of the regex that cannot stand here")
-
-    def _literal(self, code: int) -> Term:
-        self._ranges(((code, code),), self.named)
-        return _lit(chr(code))
-
-    def _in(self, items: list[Any]) -> Term:
-        negated = str(items[0][0]) == "NEGATE"
-        found: list[tuple[int, int]] = []
-        narrow = negated and any(str(op) == "CATEGORY" for op, _ in items)
-        for op, value in items[negated:]:
-            if str(op) == "CATEGORY":
-                category = _CATEGORY[str(value).rpartition("_")[2]]
-                narrow = narrow or "_NOT_" in str(value)
-                found += _without(category) if "_NOT_" in str(value) else category
-            else:
-                found.append((value, value) if str(op) == "LITERAL" else value)
-        # beyond ASCII, engines disagree on what \d, \w and \s are
-        wide = _both(self.wide, ((0, 127),)) if narrow else self.wide
-        if negated:
-            return self._ranges(_without(found), wide)
-        return self._ranges(_ordered(found), wide if narrow else self.named)
-
-    def _group(self, value: tuple[Any, int, int, Any]) -> Term:
-        if value[1] or value[2]:
-            self.refuse("a regex flag")
-        return self._items(value[3])
-
-    def _repeat(self, value: tuple[int, Any, Any]) -> Term:
-        low, high = value[0], None if value[1] == _sre.MAXREPEAT else int(value[1])
-        if max(low, high or 0) > MAX_REPEAT:
-            self.refuse(f"a repetition over {MAX_REPEAT} in the regex")
-        part = self._items(value[2])
-        return _rep(self._solid(part), 0, high) if _nullable(part) else _rep(part, low, high)
-
-    def _solid(self, term: Term) -> Term:
-        """The term without the empty text: llama.cpp refuses some repetitions of what may be empty, and hangs on others."""
-        if not _nullable(term) or term == _EMPTY:
-            return term
-        if term.op == "rep":
-            return _rep(self._solid(term.parts[0]), 1, term.high)
-        if term.op == "alt":
-            return _alt(self._solid(part) for part in term.parts if part != _EMPTY)
-        self.spread += 1
-        if self.spread > 4 or len(term.parts) > 20:  # each one writes its parts again
-            self.refuse("a repetition of a sequence that may be empty, so often,")
-        return _alt(_seq(self._solid(part), *term.parts[i + 1 :]) for i, part in enumerate(term.parts))
-
-    _OPS: dict[str, Callable[..., Term]] = {
-        "LITERAL": _literal,
-        "NOT_LITERAL": lambda self, code: self._ranges(_without([(code, code)]), self.wide),
-        "ANY": lambda self, _: self._ranges(_without([(10, 10), (13, 13), (0x2028, 0x2029)]), self.wide),
-        "IN": _in,
-        "BRANCH": lambda self, value: _alt(self._items(branch) for branch in value[1]),
-        "SUBPATTERN": _group,
-        "MAX_REPEAT": _repeat,
-        "MIN_REPEAT": _repeat,
-    }
-
-
-_LETTER = "[A-Za-z0-9]"
-_LEAP = "([1-9][0-9](0[48]|[2468][048]|[13579][26])|([2468][048]|[13579][26])00)"
-_DATE = f"([1-9][0-9]{{3}}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))|{_LEAP}-02-29)"
-_HOUR = "([01][0-9]|2[0-3]):[0-5][0-9]"
-_TIME = f"{_HOUR}:[0-5][0-9](\\.[0-9]{{1,6}})?(Z|[+-]{_HOUR})"
-_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-_FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"{_DATE}T{_TIME}",
-    "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
-    "ipv4": rf"({_OCTET}\.){{3}}{_OCTET}",
-    "email": rf"[A-Za-z0-9_+-]{{1,30}}(\.[A-Za-z0-9_+-]{{1,30}}){{0,1}}@({_LETTER}([A-Za-z0-9-]{{0,30}}{_LETTER})?\.){{1,3}}[A-Za-z]{{2,24}}",
-}
-
-
-@lru_cache(maxsize=64)
-def _format_term(name: str) -> Term:
-    return Regex(_FORMATS[name], _PLAIN, _PLAIN, "").term(_EMPTY)
-
-
-# ---- numbers
-
-
-def _same_length(a: str, b: str) -> Term:
-    """Digit strings from a to b, which are equally long."""
-    if a == b:
-        return _lit(a)
-    rest = len(a) - 1
-    if a[1:] == "0" * rest and b[1:] == "9" * rest:
-        return _seq(_set(a[0] + b[0]), _rep(_DIGIT, rest, rest))
-    if a[0] == b[0]:
-        return _seq(_lit(a[0]), _same_length(a[1:], b[1:]))
-    low, high = int(a[0]), int(b[0])
-    parts = []
-    if a[1:] != "0" * rest:
-        parts.append(_seq(_lit(a[0]), _same_length(a[1:], "9" * rest)))
-        low += 1
-    if b[1:] != "9" * rest:
-        parts.append(_seq(_lit(b[0]), _same_length("0" * rest, b[1:])))
-        high -= 1
-    if low <= high:
-        parts.append(_seq(_set(f"{low}{high}"), _rep(_DIGIT, rest, rest)))
-    return _alt(parts)
-
-
-@lru_cache(maxsize=256)
-def _naturals(low: int, high: int) -> Term:
-    parts = []
-    for length in range(len(str(low)), len(str(high)) + 1):
-        first, last = (max(low, 10 ** (length - 1) if length > 1 else 0), min(high, 10**length - 1))
-        parts.append(_same_length(str(first), str(last)))
-    return _alt(parts)
-
-
-def _integers(low: int, high: int) -> Term:
-    parts = [_naturals(max(low, 0), high)] if high >= 0 else []
-    if low < 0:
-        parts.append(_seq(_lit("-"), _naturals(max(1, -high), -low)))
-    return _alt(parts)
-
-
-def _decimals(low: int, high: int, above: bool, below: bool, digits: int) -> list[Term]:
-    """Unsigned decimals in low..high; `above` and `below` leave the bound itself out."""
-    parts, first = [], low + above
-    if first < high:
-        parts.append(_seq(_naturals(first, high - 1), _rep(_seq(_lit("."), _rep(_DIGIT, 1, digits)), 0, 1)))
-    if above and low < high:
-        parts.append(_seq(_lit(f"{low}."), _rep(_DIGIT, 0, digits - 1), _NONZERO))
-    if not below and first <= high:
-        parts.append(_seq(_lit(str(high)), _rep(_seq(_lit("."), _rep(_lit("0"), 1, digits)), 0, 1)))
-    return parts
-
-
-_INTEGER = _integers(1 - 10**DIGITS, 10**DIGITS - 1)
-_EXPONENT = _seq(_set("ee", "EE"), _rep(_set("++", "--"), 0, 1), _rep(_DIGIT, 1, 2))
-_NUMBER = _seq(
-    _rep(_lit("-"), 0, 1),
-    _alt([_lit("0"), _seq(_NONZERO, _rep(_DIGIT, 0, DIGITS - 1))]),
-    _rep(_seq(_lit("."), _rep(_DIGIT, 1, DIGITS)), 0, 1),
-    _rep(_EXPONENT, 0, 1),
+    terms: tuple[Term, ...] = ()  # of its characters
+
+
+@dataclass(frozen=True)
+class Array:
+    low: int = 0
+    high: int | None = None
+    first: tuple[State, ...] = ()
+    rest: State = ()
+    contains: tuple[tuple[State, int, int | None], ...] = ()
+    unique: bool = False
+    blind: bool = False  # for unevaluatedItems: made of a schema that is failed
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What one schema says of an object's properties: by name, by pattern, and of those that neither names."""
+
+    named: Mapping[str, State] = field(default_factory=dict)
+    patterns: tuple[tuple[str, State], ...] = ()
+    rest: State = ()
+    sees: bool = False  # for unevaluatedProperties: a schema that holds, not one that is failed, has looked at these
+
+    def of(self, name: str) -> list[State]:
+        found = [self.named[name]] if name in self.named else []
+        found += [state for pattern, state in self.patterns if matches(pattern_term(pattern), name)]
+        return found or [self.rest]
+
+
+@dataclass(frozen=True)
+class Object:
+    low: int = 0
+    high: int | None = None
+    required: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    keys: tuple[Term, ...] = ()  # that every name is in
+    some: tuple[tuple[Term, State], ...] = ()  # there is a property with such a name and value
+
+
+Shape = Fixed | Number | Text | Array | Object
+NULL, BOOLEAN = Fixed((None,)), Fixed((False, True))
+EVERY: tuple[Shape, ...] = (NULL, BOOLEAN, Number(), Text(), Array(), Object())
+_SHAPE_OF: dict[str, Shape] = {"null": NULL, "boolean": BOOLEAN, "number": Number(), "integer": Number(whole=True), "string": Text(), "array": Array(), "object": Object()}  # fmt: skip
+_FRACTIONAL = seq(
+    rep(lit("-"), 0, 1), rep(DIGIT, 1, DIGITS), lit("."), rep(DIGIT, 0, DIGITS), NONZERO, rep(lit("0"), 0, DIGITS)
 )
 
 
-# ---- JSON Schema
+def join(*states: State) -> State:
+    """All of the states at once."""
+    found: dict[Any, Item] = {}
+    for item in (item for state in states for item in state):
+        if item.node is not item.positive:  # true says nothing, and neither does not false
+            if isinstance(item.node, bool):
+                return FALSE
+            found.setdefault(item.key, item)
+            if (*item.key[:2], not item.positive) in found:
+                return FALSE
+    return tuple(found.values())
 
 
-_NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly", "writeOnly"}
-_NOTES |= {"$defs", "definitions"}
-_COUNT, _BOUND, _LIST, _NODE = (int,), (int, float), (list,), (dict, bool)
-_SHAPES: dict[str, Any] = {
-    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), _BOUND),
-    **dict.fromkeys(("required", "enum", "anyOf", "oneOf", "allOf", "prefixItems"), _LIST),
-    **dict.fromkeys(("items", "additionalProperties"), _NODE),
-    **dict.fromkeys(("pattern", "format", "$ref"), (str,)),
-    **dict.fromkeys(("properties", "$defs", "definitions"), (dict,)),
-    "type": (str, list),
-    "const": (object,),
-}
-_OF_TYPE = {
-    "object": ("properties", "required", "additionalProperties", "minProperties", "maxProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-}
-_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-_JOINS = ("$ref", "allOf", "anyOf", "oneOf")
+@lru_cache(maxsize=2048)
+def text_term(shape: Text) -> Term:
+    """The characters of a string shape; NONE where there are none."""
+    if shape.high is not None and shape.low > shape.high:
+        return NONE
+    plain = [term for term in dict.fromkeys(shape.terms) if term.op != "not"]
+    rest = [term for term in dict.fromkeys(shape.terms) if term.op == "not"]
+    found = _fitted(plain[0], shape.low, shape.high) if len(plain) == 1 and not rest else None
+    if found is None:
+        if shape.low or shape.high is not None or not plain:
+            plain.append(rep(Term("set", ranges=ALL), shape.low, shape.high))
+        found = both(*plain, *rest)
+    return NONE if has(found, "and") and nothing(found) else found
 
 
-def _key(value: Any) -> Any:
-    """Equal for values that JSON Schema calls equal: 1 and 1.0 are, 1 and true are not."""
-    if isinstance(value, dict):
-        return "object", frozenset((name, _key(member)) for name, member in value.items())
-    if isinstance(value, list):
-        return "array", tuple(_key(member) for member in value)
-    return isinstance(value, (bool, str)) and type(value), value
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind in _TYPES:
-        return isinstance(value, _TYPES[kind])
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return kind == "number" or isinstance(value, int) or value.is_integer()
-
-
-def _nesting(value: Any, limit: int) -> bool:
-    """Whether a value nests deeper than the limit (without recursion)."""
-    layer = [value]
-    while layer and limit >= 0:
-        layer = [m for v in layer if isinstance(v, (dict, list)) for m in (v.values() if isinstance(v, dict) else v)]
-        limit -= 1
-    return bool(layer)
-
-
-def _step(path: str, name: Any) -> str:
-    return f"{path}[{name}]" if isinstance(name, int) else f"{path}.{name[:60]}"
-
-
-def _refuse(what: str, path: str, reason: str = "is not supported") -> NoReturn:
-    raise Unsupported(f"'{what[:80]}' at {path[:300]} {reason}")
-
-
-def _checked(given: Any, path: str) -> dict[str, Any]:
-    """A schema object with known keywords of the right shape; `true` is {}."""
-    if given is True:
-        return {}
-    if not isinstance(given, dict):
-        _refuse(json.dumps(given)[:40], path)
-    node: dict[str, Any] = given
-    for word, value in node.items():
-        if word not in _NOTES and word not in _SHAPES:
-            _refuse(word, path)
-        allowed = _SHAPES.get(word, (object,))
-        whole = word not in ("const", "items", "additionalProperties") and isinstance(value, bool)
-        if not isinstance(value, allowed) or (allowed is not _SHAPES["const"] and word in _SHAPES and whole):
-            _refuse(word, path, "has a value of the wrong type")
-        if (allowed is _COUNT and value < 0) or (allowed is _BOUND and isinstance(value, float) and not math.isfinite(value)):
-            _refuse(word, path, "has a value out of range")
-        if allowed is _LIST and not value and word != "required":
-            _refuse(word, path, "is empty, so nothing satisfies it")
-    if "$id" in node and path != "$":
-        _refuse("$id", path)
-    if any(not isinstance(name, str) for name in node.get("required", ())):
-        _refuse("required", path, "has a value of the wrong type")
-    kinds = node.get("type", [])
-    if kinds == [] and "type" in node:
-        _refuse("type", path, "is empty, so nothing satisfies it")
-    for kind in [kinds] if isinstance(kinds, str) else kinds:
-        if kind not in (*_TYPES, "number", "integer"):
-            _refuse("type", path, f"has an unknown value, {json.dumps(kind)[:60]}")
-    return node
-
-
-def _kinds(node: dict[str, Any]) -> list[str] | None:
-    kinds = node.get("type")
-    return [kinds] if isinstance(kinds, str) else kinds
-
-
-def _resolve(root: Any, node: dict[str, Any], path: str) -> Any:
-    """The schema that a $ref names: the root, or a member of $defs or definitions."""
-    parts = urllib.parse.unquote(node["$ref"]).split("/")
-    names = [part.replace("~1", "/").replace("~0", "~") for part in parts]
-    if names == ["#"]:
-        return root
-    if len(names) != 3 or names[0] != "#" or names[1] not in ("$defs", "definitions"):
-        _refuse("$ref", path, f"to {json.dumps(node['$ref'])[:80]} is not supported")
-    home = root.get(names[1]) if isinstance(root, dict) else None
-    if not isinstance(home, dict) or names[2] not in home:
-        _refuse("$ref", path, f"names {json.dumps(node['$ref'])[:80]}, which is not in the schema")
-    return home[names[2]]
-
-
-def _lone(node: dict[str, Any], path: str) -> str | None:
-    """The one keyword of $ref, allOf, anyOf, oneOf in a schema, when what stands beside it can be honoured."""
-    joins = [word for word in _JOINS if word in node]
-    if not joins:
+def _fitted(term: Term, low: int, high: int | None) -> Term | None:
+    """A term held to a length where that is a matter of its own bounds: all parts as long as they are but one repetition."""
+    shortest, longest = lengths(term)
+    if shortest >= low and (high is None or (longest is not None and longest <= high)):
+        return term
+    parts = list(term.parts) if term.op == "seq" else [term]
+    loose = [i for i, part in enumerate(parts) if lengths(part)[0] != lengths(part)[1]]
+    if len(loose) != 1 or parts[loose[0]].op != "rep" or parts[loose[0]].parts[0].op != "set":
         return None
-    beside = [word for word in node if word not in _NOTES and word != joins[0]]
-    if beside and (beside != ["type"] or joins[0] not in ("anyOf", "oneOf")):
-        other = next(word for word in beside if word != "type" or joins[0] not in ("anyOf", "oneOf"))
-        _refuse(other, path, f"beside '{joins[0]}' is not supported")
-    if joins[0] == "allOf" and len(node["allOf"]) != 1:
-        _refuse("allOf", path, "with more than one member is not supported")
-    return joins[0]
+    one = parts[loose[0]]
+    others = sum(lengths(part)[0] for i, part in enumerate(parts) if i != loose[0])
+    least, most = (
+        max(one.low, low - others),
+        one.high if high is None else min(high - others, high if one.high is None else one.high),
+    )
+    if most is not None and most < least:
+        return NONE
+    return seq(*parts[: loose[0]], rep(one.parts[0], least, most), *parts[loose[0] + 1 :])
+
+
+@lru_cache(maxsize=1024)
+def number_term(shape: Number) -> Term:
+    """The digits of a number shape; NONE where there are none."""
+    low, high, step = shape.low, shape.high, shape.step
+    if shape.whole:
+        step = Fraction(1) if step is None else _common_multiple(step, Fraction(1))
+    if step is not None:  # bounds on the grid
+        first = None if low is None else math.floor(low[0] / step) + 1 if low[1] else math.ceil(low[0] / step)
+        last = None if high is None else math.ceil(high[0] / step) - 1 if high[1] else math.floor(high[0] / step)
+        if first is not None and last is not None and (first > last or (last - first < MAX_LISTED and step != 1)):
+            return words(plain_digits(i * step) for i in range(first, last + 1)) if first <= last else NONE
+        if step == 1:
+            found = integers(first, last)
+        else:
+            bounds = (None if first is None else (first * step, False), None if last is None else (last * step, False))
+            whole = step.denominator == 1
+            plain = integers(*(None if b is None else int(b[0]) for b in bounds)) if whole else decimals(*bounds, plain=True)
+            found = both(plain, multiples(step))
+    else:
+        found = decimals(low, high, plain=bool(shape.terms))
+    if found is NONE or not shape.terms:
+        return found
+    found = both(found, *shape.terms)
+    return NONE if found.op == "and" and nothing(found) else found
+
+
+def _common_multiple(a: Fraction, b: Fraction) -> Fraction:
+    return Fraction(math.lcm(a.numerator * b.denominator, b.numerator * a.denominator), a.denominator * b.denominator)
+
+
+def _touch(a: Text, b: Text) -> bool:
+    return (b.high is None or a.low <= b.high + 1) and (a.high is None or b.low <= a.high + 1)
+
+
+def _closer(a: Any, b: Any, better: Callable[..., Any]) -> Any:
+    return a if b is None else b if a is None else better(a, b)
+
+
+def _tighter(a: Bound, b: Bound) -> Bound:
+    return min(a, b, key=lambda bound: (bound[0], not bound[1]))
+
+
+class Shapes:
+    """States taken apart into shapes: a value satisfies the state if it is in one of them."""
+
+    def __init__(self, document: Document) -> None:
+        self.document, self.check = document, Check(document)
+        self.known: dict[tuple[Any, ...], list[Shape]] = {}
+        self.live: dict[tuple[Any, ...], bool] = {}
+        self.reason, self.depth, self.work = "", 0, 0
+
+    # states
+
+    def item(self, node: Any, base: str, path: str, positive: bool = True) -> State:
+        base = self.document.within(node, base)
+        if isinstance(node, dict) and not node.keys() & CONSTRAINING:
+            node = True
+        if isinstance(node, bool):
+            return () if node is positive else FALSE
+        return (Item(node, base, positive, path),)
+
+    def expand(self, state: State) -> list[Shape]:
+        key = tuple(item.key for item in state)
+        if key not in self.known:
+            if len(self.known) > MAX_STATES:
+                raise Unsupported("a schema of so many places and alternatives is not supported")
+            found: list[Shape] = list(EVERY)
+            for item in state:
+                found = self.meet(found, self.shapes(item, ()))
+            self.known[key] = self.merged(found)
+        return self.known[key]
+
+    def satisfiable(self, state: State) -> bool:
+        """Whether a value is known, or may be, for the state: too deep to say is yes."""
+        if state == ():
+            return True
+        key = tuple(item.key for item in state)
+        if key not in self.live:
+            if self.depth > 12:
+                return True
+            self.live[key] = True  # while it is being found out: what only depends on itself is pruned in the end
+            self.depth += 1
+            self.live[key] = any(self.alive(shape) for shape in self.expand(state))
+            self.depth -= 1
+        return self.live[key]
+
+    def alive(self, shape: Shape) -> bool:
+        if isinstance(shape, Number):
+            return number_term(shape) is not NONE
+        if isinstance(shape, Text):
+            return text_term(shape) is not NONE
+        if isinstance(shape, Array):
+            if shape.high is not None and shape.low > shape.high:
+                return False
+            places = range(min(shape.low, len(shape.first) + 1))
+            return all(self.satisfiable(self.at(shape, i)) for i in places) and all(
+                not low or self.satisfiable(state) for state, low, _ in shape.contains
+            )
+        if isinstance(shape, Object):
+            if shape.high is not None and max(len(shape.required), shape.low) > shape.high:
+                return False
+            for name in shape.required:
+                if not self.satisfiable(self.of(shape, name)):
+                    return self.dead(f"the required property {json.dumps(name)[:80]} can have no value")
+        return True
+
+    def dead(self, reason: str) -> bool:
+        """Keeps the first reason why something can have no value."""
+        self.reason = self.reason or reason
+        return False
+
+    @staticmethod
+    def at(shape: Array, i: int) -> State:
+        return shape.first[i] if i < len(shape.first) else shape.rest
+
+    @staticmethod
+    def of(shape: Object, name: str) -> State:
+        """What the value of a property must be."""
+        if not all(matches(key, name) for key in shape.keys):
+            return FALSE
+        return join(*(state for source in shape.sources for state in source.of(name)))
+
+    # meeting
+
+    def meet(self, left: list[Shape], right: list[Shape]) -> list[Shape]:
+        if right is _EVERY or left == right:
+            return left
+        found = []
+        for a in left:
+            for b in right:
+                met = self.meet_two(a, b)
+                if met is not None and self.alive(met):
+                    found.append(met)
+        if len(found) > MAX_ALTERNATIVES:
+            raise Unsupported("a schema of so many alternatives at one place is not supported")
+        return found
+
+    def overlap(self, a: Shape, b: Shape) -> bool:
+        met = self.meet_two(a, b)
+        return met is not None and self.alive(met)
+
+    def meet_two(self, a: Shape, b: Shape) -> Shape | None:
+        self.work += 1
+        if self.work > MAX_WORK:
+            raise Unsupported("a schema of so many alternatives is not supported")
+        if isinstance(b, Fixed) and not isinstance(a, Fixed):
+            a, b = b, a
+        if isinstance(a, Fixed):
+            if isinstance(b, Fixed) and a.keys.isdisjoint(b.keys):
+                return None
+            kept = tuple(v for v in a.values if (key_of(v) in b.keys if isinstance(b, Fixed) else self.admits(b, v)))
+            return Fixed(kept) if kept else None
+        if isinstance(a, Number) and isinstance(b, Number):
+            return Number(
+                a.whole or b.whole,
+                _closer(a.low, b.low, max),
+                _closer(a.high, b.high, _tighter),
+                _closer(a.step, b.step, _common_multiple),
+                a.terms + b.terms,
+            )
+        if isinstance(a, Text) and isinstance(b, Text):
+            return Text(max(a.low, b.low), _closer(a.high, b.high, min), a.terms + b.terms)
+        if isinstance(a, Array) and isinstance(b, Array):
+            count = max(len(a.first), len(b.first))
+            first = tuple(join(self.at(a, i), self.at(b, i)) for i in range(count))
+            return Array(max(a.low, b.low), _closer(a.high, b.high, min), first, join(a.rest, b.rest), a.contains + b.contains, a.unique or b.unique, a.blind or b.blind)  # fmt: skip
+        if isinstance(a, Object) and isinstance(b, Object):
+            required = tuple(dict.fromkeys(a.required + b.required))
+            sources = tuple(dict.fromkeys(a.sources + b.sources))
+            return Object(max(a.low, b.low), _closer(a.high, b.high, min), required, sources, a.keys + b.keys, a.some + b.some)
+        return None
+
+    def admits(self, shape: Shape, value: Any) -> bool:
+        if isinstance(shape, Text):
+            return (
+                isinstance(value, str)
+                and (not shape.terms or matches(text_term(shape), value))
+                and (shape.low <= len(value) <= (len(value) if shape.high is None else shape.high))
+            )
+        if isinstance(shape, Number):
+            if not is_a(value, "number") or (shape.whole and not is_a(value, "integer")):
+                return False
+            number = exact(value)
+            low, high = shape.low or (number, False), shape.high or (number, False)
+            if not (low[0] <= number <= high[0]) or (low[1] and low[0] == number) or (high[1] and high[0] == number):
+                return False
+            if shape.step is not None and (number / shape.step).denominator != 1:
+                return False
+            plain = plain_digits(number)
+            return all(not matches(t.parts[0], plain) if t.op == "not" else matches(t, plain) for t in shape.terms)
+        if isinstance(shape, Array):
+            return isinstance(value, list) and self._admits_items(shape, value)
+        return isinstance(shape, Object) and isinstance(value, dict) and self._admits_members(shape, value)
+
+    def holds(self, state: State, value: Any) -> bool:
+        return all(self.check.holds(item.node, item.base, value) == item.positive for item in state)
+
+    def _admits_items(self, shape: Array, value: list[Any]) -> bool:
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        if shape.unique and len({key_of(item) for item in value}) < len(value):
+            return False
+        counts = [(sum(self.holds(state, item) for item in value), low, high) for state, low, high in shape.contains]
+        if not all(low <= count and (high is None or count <= high) for count, low, high in counts):
+            return False
+        return all(self.holds(self.at(shape, i), item) for i, item in enumerate(value))
+
+    def _admits_members(self, shape: Object, value: dict[str, Any]) -> bool:
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        if not all(name in value for name in shape.required):
+            return False
+        if not all(any(matches(key, n) and self.holds(state, v) for n, v in value.items()) for key, state in shape.some):
+            return False
+        return all(self.holds(self.of(shape, name), part) for name, part in value.items())
+
+    @staticmethod
+    def merged(shapes: list[Shape]) -> list[Shape]:
+        """Listed values together, and nothing twice."""
+        fixed = [value for shape in shapes if isinstance(shape, Fixed) for value in shape.values]
+        rest: list[Shape] = []
+        for shape in dict.fromkeys(shape for shape in shapes if not isinstance(shape, Fixed)):
+            last = rest[-1] if rest else None
+            if isinstance(shape, Text) and isinstance(last, Text) and shape.terms == last.terms and _touch(shape, last):
+                high = None if shape.high is None or last.high is None else max(shape.high, last.high)
+                rest[-1] = Text(min(shape.low, last.low), high, shape.terms)
+            else:
+                rest.append(shape)
+        kept: dict[Any, Any] = {}
+        for value in fixed:
+            kept.setdefault(key_of(value), value)
+        return [*([Fixed(tuple(kept.values()))] if kept else []), *rest]
+
+    # one schema
+
+    def shapes(self, item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        """The shapes of one schema, or of what does not satisfy it; `seen` are those that led here on the same value."""
+        if isinstance(item.node, bool):
+            return _EVERY if item.node is item.positive else []
+        if item.key in seen or len(seen) > MAX_DEPTH:
+            raise Unsupported(f"the recursion at {item.path[:300]} repeats before it has read anything, which is not supported")
+        key = (item.key,)
+        if key not in self.known:
+            node = self.document.siblings(self.document.node(item.node, item.path))
+            made = (
+                self.satisfied(node, item, (*seen, item.key)) if item.positive else self.failed(node, item, (*seen, item.key))
+            )
+            self.known[key] = self.merged(made) if made is not _EVERY else made
+        return self.known[key]
+
+    def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
+        """The shapes of a schema that stands in another for the same value."""
+        state = self.item(node, item.base, f"{item.path}.{step}", positive)
+        return _EVERY if state == () else self.shapes(state[0], seen)
+
+    def satisfied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        found = self.typed(node, item)
+        for made in self.applied(node, item, seen):
+            found = self.meet(found, made)
+        if "unevaluatedProperties" in node or "unevaluatedItems" in node:
+            found = self.unevaluated(node, item, found)
+        return found
+
+    def typed(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        """What the keywords of each type leave of it."""
+        kinds = kinds_of(node) or list(TYPES) + ["number"]
+        if "number" in kinds:
+            kinds = [kind for kind in kinds if kind != "integer"]
+        found: list[Shape] = []
+        for kind in dict.fromkeys(kinds):
+            shape = _SHAPE_OF[kind]
+            words_of = OF_TYPE.get("number" if kind == "integer" else kind, ())
+            made = self._TYPED[kind](self, node, item) if any(word in node for word in words_of) else shape
+            if made is shape or self.alive(made):
+                found.append(made)
+            else:
+                said = ", ".join(f"'{word}'" for word in words_of if word in node)
+                self.dead(f"{said} at {item.path[:300]} leave{'s' * (said.count(',') == 0)} no {kind}")
+        for word in ("enum", "const"):
+            if word in node:
+                members: list[Shape] = [Fixed(tuple(node["enum"] if word == "enum" else [node["const"]]))]
+                found = members if found == _EVERY else self.meet(members, found)
+                if not found:
+                    self.dead(f"'{word}' at {item.path[:300]} has no member that satisfies the other keywords")
+        return found
+
+    def _number(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = bounds_of(node)
+        step = exact(node["multipleOf"]) if "multipleOf" in node else None
+        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            if word in node and abs(node[word]) >= 10**40:
+                if (node[word] > 0) == (word in ("maximum", "exclusiveMaximum")):
+                    low, high = (low, None) if node[word] > 0 else (None, high)
+                else:
+                    refuse(word, item.path, "over 40 digits is not supported")
+        return Number(node.get("type") == "integer", low, high, step)
+
+    def _integer(self, node: dict[str, Any], item: Item) -> Shape:
+        return self._number({**node, "type": "integer"}, item)
+
+    def _text(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = int(node.get("minLength", 0)), node.get("maxLength")
+        if low > MAX_REPEAT:
+            refuse("minLength", item.path, f"over {MAX_REPEAT} is not supported")
+        terms = [self.pattern(node["pattern"], item)] if "pattern" in node else []
+        terms += [format_term(node["format"])] if node.get("format") in FORMATS else []
+        return Text(low, None if high is None else int(min(high, MAX_REPEAT)), tuple(terms))
+
+    def pattern(self, pattern: str, item: Item) -> Term:
+        try:
+            return pattern_term(pattern)
+        except Unsupported as error:
+            raise Unsupported(str(error).replace("in 'pattern'", f"in 'pattern' at {item.path[:300]}")) from None
+
+    def _array(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = int(node.get("minItems", 0)), node.get("maxItems")
+        if low > MAX_REPEAT:
+            refuse("minItems", item.path, f"over {MAX_REPEAT} is not supported")
+        first, rest = tuple_of(node)
+        word = "items" if isinstance(node.get("items"), list) else "prefixItems"
+        places = tuple(self.item(sub, item.base, f"{item.path}.{word}[{i}]") for i, sub in enumerate(first))
+        contains = ()
+        if "contains" in node:
+            state = self.item(node["contains"], item.base, f"{item.path}.contains")
+            contains = ((state, int(node.get("minContains", 1)), node.get("maxContains")),)  # type: ignore[assignment]
+        return Array(
+            low,
+            None if high is None else int(min(high, MAX_REPEAT)),
+            places,
+            self.item(rest, item.base, f"{item.path}.items"),
+            contains,
+            node.get("uniqueItems", False),
+        )
+
+    def _object(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = int(node.get("minProperties", 0)), node.get("maxProperties")
+        named = {
+            name: self.item(sub, item.base, step_to(f"{item.path}.properties", name))
+            for name, sub in node.get("properties", {}).items()
+        }
+        patterns = []
+        for pattern, sub in node.get("patternProperties", {}).items():
+            self.pattern(pattern, item)
+            patterns.append((pattern, self.item(sub, item.base, f"{item.path}.patternProperties")))
+        rest = self.item(node.get("additionalProperties", True), item.base, f"{item.path}.additionalProperties")
+        keys = (
+            ()
+            if node.get("propertyNames", True) is True
+            else (self.key_term(self.item(node["propertyNames"], item.base, f"{item.path}.propertyNames")),)
+        )
+        sources = (Source(named, tuple(patterns), rest, True),) if named or patterns or rest else ()
+        return Object(low, None if high is None else int(high), tuple(dict.fromkeys(required_of(node))), sources, keys)
+
+    def key_term(self, state: State) -> Term:
+        """The names that satisfy a state."""
+        parts = []
+        for shape in self.expand(state):
+            if isinstance(shape, Fixed):
+                parts.append(words(value for value in shape.values if isinstance(value, str)))
+            elif isinstance(shape, Text):
+                parts.append(text_term(shape))
+        return alt(parts)
+
+    _TYPED: dict[str, Callable[[Shapes, dict[str, Any], Item], Shape]] = {
+        "object": _object,
+        "array": _array,
+        "string": _text,
+        "number": _number,
+        "integer": _integer,
+    }
+
+    def applied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
+        """What each keyword that applies other schemas to the same value leaves of all values."""
+        target = self.document.target(node, item.base, item.path)
+        if target:
+            base = self.document.within(*target)
+            yield _EVERY if target[0] is True else self.shapes(Item(target[0], base, True, item.path), seen)
+        for i, member in enumerate(node.get("allOf", ())):
+            yield self.sub(item, f"allOf[{i}]", member, True, seen)
+        if "anyOf" in node:
+            yield self.union(self.sub(item, f"anyOf[{i}]", member, True, seen) for i, member in enumerate(node["anyOf"]))
+        if "oneOf" in node:
+            yield self.exactly_one(node["oneOf"], item, seen)
+        if "not" in node:
+            yield self.turned("not", item, lambda: self.sub(item, "not", node["not"], False, seen))
+        if "if" in node and self.document.draft not in (4, 6) and ("then" in node or "else" in node):
+            yield self.turned("if", item, lambda: self.union(self.branches(node, item, True, seen)))
+        for name, asked in dependencies_of(node, item.path):
+            present: list[Shape] = [Object(required=(name,))]
+            if isinstance(asked, list):
+                met: list[Shape] = [Object(required=(name, *asked))]
+            else:
+                met = self.meet(present, self.sub(item, "dependentSchemas", asked, True, seen))
+            yield [*EVERY[:-1], Object(sources=(Source({name: FALSE}),)), *met]
+
+    def turned(self, word: str, item: Item, work: Callable[[], list[Shape]]) -> list[Shape]:
+        try:
+            return work()
+        except Unsupported as error:
+            if str(error).startswith("'not of"):
+                refuse(word, item.path, f"needs {str(error)[1:200]}")
+            raise
+
+    def union(self, parts: Iterable[list[Shape]]) -> list[Shape]:
+        found: list[Shape] = []
+        for part in parts:
+            if part is _EVERY:
+                return _EVERY
+            found += part
+            if len(found) > 4 * MAX_ALTERNATIVES:
+                raise Unsupported("a schema of so many alternatives at one place is not supported")
+        return self.merged(found)
+
+    def branches(self, node: dict[str, Any], item: Item, positive: bool, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
+        """if and then, not if and else; with `positive` False the then and else are not satisfied."""
+        for holds, word in ((True, "then"), (False, "else")):
+            then = self.sub(item, word, node.get(word, True), positive, seen)
+            if then:
+                yield self.meet(self.sub(item, "if", node["if"], holds, seen), then)
+
+    def exactly_one(self, members: list[Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        made = [self.sub(item, f"oneOf[{i}]", member, True, seen) for i, member in enumerate(members)]
+        found: list[list[Shape]] = []
+        listed = [[shape for shape in shapes if isinstance(shape, Fixed)] for shapes in made]
+        if sum(map(len, listed)) == sum(map(len, made)):
+            times = Counter(key for shapes in listed for key in {key for shape in shapes for key in shape.keys})
+            values = [v for shapes in listed for shape in shapes for v in shape.values if times[key_of(v)] == 1]
+            return [Fixed(tuple(values))] if values else []
+        for i, shapes in enumerate(made):
+            mine = shapes
+            for j, others in enumerate(made):
+                if i != j and any(self.overlap(a, b) for a in mine for b in others):
+                    against = self.turned("oneOf", item, lambda j=j: self.sub(item, f"oneOf[{j}]", members[j], False, seen))  # type: ignore[misc]
+                    mine = self.meet(mine, against)
+            found.append(mine)
+        return self.union(found)
+
+    def unevaluated(self, node: dict[str, Any], item: Item, shapes: list[Shape]) -> list[Shape]:
+        """What no other keyword has looked at: with shapes, what their sources leave over."""
+        found: list[Shape] = []
+        for shape in shapes:
+            if isinstance(shape, Object) and "unevaluatedProperties" in node:
+                state = self.item(node["unevaluatedProperties"], item.base, f"{item.path}.unevaluatedProperties")
+                seen = [source for source in shape.sources if source.sees]
+                if state and not any(source.rest for source in seen):
+                    named: dict[str, State] = {name: () for source in seen for name in source.named}
+                    patterns = tuple((pattern, ()) for source in seen for pattern, _ in source.patterns)
+                    shape = replace(shape, sources=(*shape.sources, Source(named, patterns, state, True)))
+            elif isinstance(shape, Array) and "unevaluatedItems" in node:
+                state = self.item(node["unevaluatedItems"], item.base, f"{item.path}.unevaluatedItems")
+                if state and not shape.rest:
+                    if shape.contains or shape.blind:
+                        refuse("unevaluatedItems", item.path, "beside 'contains' or 'not' is not supported")
+                    shape = replace(shape, rest=state)
+            if self.alive(shape):
+                found.append(shape)
+        return found
+
+    # what does not satisfy a schema
+
+    def failed(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        """A value fails a schema when it fails one of its keywords."""
+        found: list[Shape] = []
+        for word in {self._WITH.get(word, word) for word in node if word in CONSTRAINING}:
+            made = self._FAILED[word](self, node, item) if word in self._FAILED else self.failed_applied(word, node, item, seen)
+            found += [self.unseen(shape) for shape in made if self.alive(shape)]
+        return self.union([found])
+
+    @staticmethod
+    def unseen(shape: Shape) -> Shape:
+        if isinstance(shape, Object):
+            return replace(
+                shape, sources=tuple(replace(source, sees=False) if source.sees else source for source in shape.sources)
+            )
+        return replace(shape, blind=True) if isinstance(shape, Array) else shape
+
+    _WITH = dict.fromkeys(("maximum", "exclusiveMinimum", "exclusiveMaximum"), "minimum")  # turned round together
+    _WITH |= {
+        "const": "enum",
+        "prefixItems": "items",
+        "additionalItems": "items",
+        "minContains": "contains",
+        "maxContains": "contains",
+    }
+    _WITH |= {"then": "if", "else": "if"}
+
+    def no_negation(self, word: str, item: Item) -> NoReturn:
+        raise Unsupported(f"'not of '{word}' at {item.path[:300]}, which is not supported")
+
+    def failed_applied(self, word: str, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        if word == "$ref":
+            target = self.document.find(node["$ref"], item.base, item.path)
+            base = self.document.within(*target)
+            return [] if target[0] is True else self.shapes(Item(target[0], base, False, item.path), seen)
+        if word == "not":
+            return self.sub(item, "not", node["not"], True, seen)
+        if word == "allOf":
+            return self.union(self.sub(item, f"allOf[{i}]", member, False, seen) for i, member in enumerate(node["allOf"]))
+        if word in ("anyOf", "oneOf"):
+            none: list[Shape] = _EVERY
+            for i, member in enumerate(node[word]):
+                none = self.meet(none, self.sub(item, f"{word}[{i}]", member, False, seen))
+            made = (
+                [self.sub(item, f"{word}[{i}]", member, True, seen) for i, member in enumerate(node[word])]
+                if word == "oneOf"
+                else []
+            )
+            return self.union([none, *(self.meet(a, b) for i, a in enumerate(made) for b in made[:i])])
+        if word == "if":
+            return (
+                self.union(self.branches(node, item, False, seen)) if "if" in node and self.document.draft not in (4, 6) else []
+            )
+        if word in ("dependentRequired", "dependentSchemas", "dependencies"):
+            found: list[Shape] = []
+            for name, asked in dependencies_of({word: node[word]}, item.path):
+                present: list[Shape] = [Object(required=(name,))]
+                if isinstance(asked, list):
+                    found += [Object(required=(name,), sources=(Source({one: FALSE}),)) for one in asked if one != name]
+                else:
+                    found += self.meet(present, self.sub(item, word, asked, False, seen))
+            return found
+        self.no_negation(word, item)
+
+    def _not_type(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        kinds = kinds_of(node) or []
+        found = [_SHAPE_OF[kind] for kind in (*TYPES, "number") if kind not in kinds]
+        if "integer" in kinds and "number" not in kinds:
+            found = [shape for shape in found if not isinstance(shape, Number)] + [Number(terms=(_FRACTIONAL,))]
+        return found
+
+    def _not_values(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        """Neither in enum nor const, or not in both: a value fails when it is missing in one of them."""
+        lists = [*([node["enum"]] if "enum" in node else []), *([[node["const"]]] if "const" in node else [])]
+        return [shape for members in lists for shape in self._none_of(members, item)]
+
+    def _none_of(self, members: list[Any], item: Item) -> list[Shape]:
+        left = [value for value in (None, False, True) if all(key_of(value) != key_of(member) for member in members)]
+        texts = dict.fromkeys(member for member in members if isinstance(member, str))
+        numbers = [exact(member) for member in members if is_a(member, "number")]
+        digits = [seq(lit(plain_digits(number)), rep(lit("0"), 0, None) if number.denominator > 1 else rep(seq(lit("."), rep(lit("0"), 1, None)), 0, 1)) for number in numbers]  # fmt: skip
+        found: list[Shape] = [Fixed(tuple(left))] if left else []
+        found += [Text(terms=(other(words(texts)),) if texts else ()), Number(terms=(other(alt(digits)),) if digits else ())]
+        for shape, kind in ((Array(), list), (Object(), dict)):
+            same = [member for member in members if isinstance(member, kind)]
+            if any(same):
+                self.no_negation("enum", item)
+            found.append(replace(shape, low=1) if same else shape)
+        return found
+
+    def _not_required(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Object(sources=(Source({name: FALSE}),)) for name in required_of(node)]
+
+    def _not_properties(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        found: list[Shape] = []
+        for name, sub in node["properties"].items():
+            state = self.item(sub, item.base, step_to(f"{item.path}.properties", name), False)
+            if state != FALSE and self.satisfiable(state):
+                found.append(Object(required=(name,), sources=(Source({name: state}),)))
+        return found
+
+    def _not_additional(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        state = self.item(node["additionalProperties"], item.base, f"{item.path}.additionalProperties", False)
+        known = [other(words(node["properties"]))] if node.get("properties") else []
+        known += [other(self.pattern(pattern, item)) for pattern in node.get("patternProperties", {})]
+        return [] if state == FALSE else [Object(some=((both(ANY, *known), state),))]
+
+    def _not_patterns(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        states = [(pattern, self.item(sub, item.base, item.path, False)) for pattern, sub in node["patternProperties"].items()]
+        return [Object(some=((self.pattern(pattern, item), state),)) for pattern, state in states if state != FALSE]
+
+    def _not_names(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        found = self.key_term(self.item(node["propertyNames"], item.base, f"{item.path}.propertyNames", False))
+        return [] if found is NONE else [Object(some=((found, ()),))]
+
+    def _not_items(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        first, rest = tuple_of(node)
+        found: list[Shape] = []
+        for i, sub in enumerate(first):
+            state = self.item(sub, item.base, f"{item.path}.prefixItems[{i}]", False)
+            if state != FALSE:
+                found.append(Array(low=i + 1, first=(*[()] * i, state)))
+        state = self.item(rest, item.base, f"{item.path}.items", False)
+        if state == ():
+            found.append(Array(low=len(first) + 1))
+        elif state != FALSE:
+            if first:
+                self.no_negation("items", item)
+            found.append(Array(contains=((state, 1, None),)))
+        return found
+
+    def _not_contains(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        if "contains" not in node:
+            return []
+        low, high = int(node.get("minContains", 1)), node.get("maxContains")
+        state = self.item(node["contains"], item.base, f"{item.path}.contains")
+        opposite = self.item(node["contains"], item.base, f"{item.path}.contains", False)
+        found: list[Shape] = [Array(rest=opposite) if low == 1 else Array(contains=((state, 0, low - 1),))] if low else []
+        return found + ([Array(contains=((state, int(high) + 1, None),))] if high is not None else [])
+
+    def _not_bounds(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        low, high = bounds_of(node)
+        found: list[Shape] = [Number(high=(low[0], not low[1]))] if low else []
+        return found + ([Number(low=(high[0], not high[1]))] if high else [])
+
+    def _not_multiple(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Number(terms=(other(both(decimals(None, None, True), multiples(exact(node["multipleOf"])))),))]
+
+    def _not_pattern(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Text(terms=(other(self.pattern(node["pattern"], item)),))]
+
+    def _not_format(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Text(terms=(other(format_term(node["format"])),))] if node["format"] in FORMATS else []
+
+    def _not_count(word: str, shape: Any, above: bool) -> Any:  # type: ignore[misc]  # noqa: N805
+        def failed(self: Shapes, node: dict[str, Any], item: Item) -> list[Shape]:
+            limit = int(node[word])
+            return [replace(shape, low=limit + 1)] if above else [replace(shape, high=limit - 1)] if limit else []
+
+        return failed
+
+    _FAILED: dict[str, Callable[[Shapes, dict[str, Any], Item], list[Shape]]] = {
+        "type": _not_type,
+        "enum": _not_values,
+        "required": _not_required,
+        "properties": _not_properties,
+        "additionalProperties": _not_additional,
+        "patternProperties": _not_patterns,
+        "propertyNames": _not_names,
+        "items": _not_items,
+        "contains": _not_contains,
+        "minimum": _not_bounds,
+        "multipleOf": _not_multiple,
+        "pattern": _not_pattern,
+        "format": _not_format,
+        "minLength": _not_count("minLength", Text(), False),
+        "maxLength": _not_count("maxLength", Text(), True),
+        "minItems": _not_count("minItems", Array(), False),
+        "maxItems": _not_count("maxItems", Array(), True),
+        "minProperties": _not_count("minProperties", Object(), False),
+        "maxProperties": _not_count("maxProperties", Object(), True),
+    }
+
+
+_EVERY: list[Shape] = list(EVERY)
+
+
+# ---- shapes as a grammar
+
+
+@lru_cache(maxsize=512)
+def names_term(names: tuple[str, ...]) -> Term:
+    return words(names)
+
+
+@lru_cache(maxsize=1024)
+def _meet(one: str, two: str) -> bool:
+    return not nothing(both(pattern_term(one), pattern_term(two)))
+
+
+def _together(patterns: Sequence[str]) -> Iterator[set[str]]:
+    """The sets of patterns that one name may be found by, as far as each two of them meet."""
+    todo: list[tuple[set[str], int]] = [(set(), 0)]
+    while todo:
+        found, at = todo.pop()
+        if at == len(patterns):
+            yield found
+            continue
+        todo.append((found, at + 1))
+        if all(_meet(patterns[at], one) for one in found):
+            todo.append((found | {patterns[at]}, at + 1))
 
 
 class Schema:
-    """One schema on its way to a grammar."""
+    """One schema on its way to a grammar: a rule for each state."""
 
-    def __init__(self, root: Any) -> None:
-        self.root, self.grammar = root, Grammar()
-        self.refs: dict[str, Term] = {}
-        self.todo: deque[tuple[str, Any]] = deque()
+    def __init__(self, root: Any, draft: int = 0, strict: bool = False) -> None:
+        self.document, self.strict = Document(root, draft), strict
+        self.shapes, self.grammar = Shapes(self.document), Grammar()
+        self.refs: dict[tuple[Any, ...], Term] = {}
+        self.todo: deque[tuple[str, State]] = deque()
+        self.pairs: dict[Any, Term] = {}
+        self.watching = 0  # rules for what has been written of objects in any order
 
     def text(self) -> str:
-        root = self.term(self.root, "$", 0)
+        root = self.state(self.shapes.item(self.document.root, "", "$"))
         while self.todo:
-            name, node = self.todo.popleft()
-            self.grammar.rules[name] = self.term(node, self.grammar.origin[name], 0)
-        return self.grammar.text(root)
-
-    def term(self, node: Any, path: str, depth: int) -> Term:
-        if depth > MAX_DEPTH:
-            raise Unsupported(f"a schema nested deeper than {MAX_DEPTH} is not supported")
-        node = _checked(node, path)
-        if "enum" in node or "const" in node:
-            return self._values(node, path)
-        join = _lone(node, path)
-        if join:
-            return self._JOIN[join](self, node, path, depth)
-        kinds = _kinds(node) or [kind for kind, words in _OF_TYPE.items() if any(word in node for word in words)]
-        if not kinds:
-            return self.any(ANY_DEPTH)
-        if "number" in kinds:
-            kinds = [kind for kind in kinds if kind != "integer"]
-        return _alt(self._KIND[kind](self, node, path, depth) for kind in kinds)
-
-    def _values(self, node: dict[str, Any], path: str) -> Term:
-        word = "enum" if "enum" in node else "const"
-        members = node["enum"] if word == "enum" else [node["const"]]
-        rest = {name: value for name, value in node.items() if name != word}
-        if any(join in rest for join in _JOINS):
-            _refuse(word, path, "beside " + next(join for join in _JOINS if join in rest) + " is not supported")
-        if set(rest) - _NOTES:
-            members = [member for member in members if _fault(rest, member, Check(self.root), path) is None]
-        if not members:
-            _refuse(word, path, "has no member that satisfies the other keywords")
+            name, state = self.todo.popleft()
+            self.grammar.rules[name] = self.term(state)
         try:
-            texts = [json.dumps(member, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for member in members]
+            return self.grammar.text(root)
+        except Unsupported as error:
+            if "can never end" in str(error):
+                raise Unsupported(
+                    f"a schema that no value satisfies is not supported: {self.shapes.reason or ('it is false' if self.document.root is False else 'it can never end')}"
+                ) from None
+            raise
+
+    def state(self, state: State) -> Term:
+        key = tuple(item.key for item in state)
+        if key not in self.refs:
+            self.refs[key] = Term("ref", self.grammar.name())
+            self.todo.append((self.refs[key].text, state))
+        return self.refs[key]
+
+    def term(self, state: State) -> Term:
+        if state == ():
+            return self.anything()
+        return alt([self._KIND[type(shape)](self, shape, state) for shape in self.shapes.expand(state)])
+
+    def anything(self) -> Term:
+        free = self.state(())
+        free_text = self.string(ANY)
+        members = self.repeated("{", seq(self.string(ANY, ":"), free), "}", 0, None)
+        return alt(
+            [
+                free_text,
+                self.grammar.share(NUMBER),
+                *map(lit, ("true", "false", "null")),
+                members,
+                self.repeated("[", free, "]", 0, None),
+            ]
+        )
+
+    def string(self, term: Term, after: str = "") -> Term:
+        """A string, or with its colon a name: one token, as a name that is known is one."""
+        return self.grammar.rule(seq(quoted(term), lit(after))) if term is not NONE else NONE
+
+    def fixed(self, shape: Fixed, state: State) -> Term:
+        try:
+            texts = [json.dumps(member, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for member in shape.values]
             "".join(texts).encode()
         except ValueError:
-            _refuse(word, path, "holds a value that JSON cannot carry")
-        return self.grammar.share(_words(dict.fromkeys(texts)))
+            refuse("enum", state[0].path, "holds a value that JSON cannot carry")
+        return self.grammar.share(words(dict.fromkeys(texts)))
 
-    def _ref(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        target = node["$ref"]
-        if target not in self.refs:
-            found = _resolve(self.root, node, path)
-            self.refs[target] = Term("ref", self.grammar.name(f"$ref {json.dumps(target)[:80]}"))
-            self.todo.append((self.refs[target].text, found))
-        return self.refs[target]
-
-    def _all(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        return self.term(node["allOf"][0], path + ".allOf[0]", depth + 1)
-
-    def _any_of(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        word = "anyOf" if "anyOf" in node else "oneOf"
-        if len(node[word]) > MAX_MEMBERS:
-            _refuse(word, path, f"with more than {MAX_MEMBERS} members is not supported")
-        members = [self._narrowed(m, node, f"{path}.{word}[{i}]") for i, m in enumerate(node[word])]
-        if word == "oneOf":
-            self._disjoint(members, path)
-        return self.grammar.share(_alt([self.term(m, f"{path}.{word}[{i}]", depth + 1) for i, m in enumerate(members)]))
-
-    def _narrowed(self, member: Any, node: dict[str, Any], path: str) -> Any:
-        """The member with the type that stands beside anyOf or oneOf."""
-        outer, member = _kinds(node), _checked(member, path)
-        if outer is None:
-            return member
-        inner = _kinds(member)
-        if any(join in member for join in _JOINS):
-            _refuse("type", path, "beside a member with '$ref', 'allOf', 'anyOf' or 'oneOf' is not supported")
-        kept = outer if inner is None else [k for k in inner if k in outer or (k == "integer" and "number" in outer)]
-        if inner and len(kept) < len(inner):
-            _refuse("type", path, "goes beyond the type beside it, which is not supported")
-        return {**member, "type": kept}
-
-    def _disjoint(self, members: list[Any], path: str) -> None:
-        """oneOf means exactly one: refused unless no value can satisfy two members."""
-        facts = [self._facts(member, path) for member in members]
-        for i, (kinds, values, fixed) in enumerate(facts):
-            for other_kinds, other_values, other_fixed in facts[:i]:
-                apart = bool(kinds and other_kinds and not kinds & other_kinds)
-                apart = apart or bool(values and other_values and not values & other_values)
-                both = kinds == other_kinds == {"object"}
-                if not apart and not (both and any(not fixed[k] & other_fixed[k] for k in fixed.keys() & other_fixed.keys())):
-                    _refuse("oneOf", path, "is not supported where two members may hold for one value")
-
-    def _facts(self, member: Any, path: str) -> tuple[set[str], frozenset[Any], dict[str, frozenset[Any]]]:
-        """What is sure of a schema: its types, its values if it lists them, the values listed of its required properties."""
-        member = self._target(member, path)
-        values = _listed(member)
-        kinds = set(_kinds(member) or ())
-        if "number" in kinds:
-            kinds.add("integer")
-        if values is not None and not kinds:
-            kinds = {kind for value in _members(member) for kind in (*_TYPES, "integer", "number") if _is(value, kind)}
-        inner = {
-            name: _listed(self._target(member.get("properties", {}).get(name, True), path))
-            for name in member.get("required", ())
-        }
-        return (kinds, values or frozenset(), {name: found for name, found in inner.items() if found is not None})
-
-    def _target(self, node: Any, path: str) -> dict[str, Any]:
-        for _ in range(20):
-            found = _checked(node, path) if node is not False else {}
-            if "$ref" not in found and not (len(found.get("allOf", ())) == 1 and _lone(found, path)):
-                return found
-            node = _resolve(self.root, found, path) if "$ref" in found else found["allOf"][0]
-        return {}
-
-    # types
-
-    def any(self, level: int) -> Term:
-        """Any JSON value that nests at most `level` deep."""
-        parts = [_quote(_rep(_CHAR, 0, None)), self.grammar.share(_NUMBER), _lit("true"), _lit("false"), _lit("null")]
-        if level:
-            inner = self.any(level - 1)
-            parts += [self._list("{", self._pair(inner), "}", 0, None), self._list("[", inner, "]", 0, None)]
-        return self.grammar.share(_alt(parts))
-
-    def _pair(self, value: Term) -> Term:
-        return self.grammar.share(_seq(_quote(_rep(_CHAR, 1, KEY_LENGTH)), _lit(":"), value))
-
-    def _list(self, start: str, item: Term, stop: str, low: int, high: int | None) -> Term:
+    def repeated(self, start: str, item: Term, stop: str, low: int, high: int | None) -> Term:
+        """Any number of an item, with commas."""
         if high == 0:
-            return _lit(start + stop)
+            return lit(start + stop)
         item = self.grammar.share(item)
-        more = _rep(_seq(_lit(","), item), max(low - 1, 0), None if high is None else high - 1)
-        return self.grammar.share(_seq(_lit(start), _rep(_seq(item, more), min(low, 1), 1), _lit(stop)))
+        more = rep(self.grammar.share(seq(lit(","), item)), max(low - 1, 0), None if high is None else high - 1)
+        return seq(lit(start), rep(self.grammar.share(seq(item, more)), min(low, 1), 1), lit(stop))
 
-    def _range(self, node: dict[str, Any], low: str, high: str, path: str) -> tuple[int, int | None]:
-        first, last = node.get(low, 0), node.get(high)
-        for word, bound in ((low, first), (high, last or 0)):
-            if bound > MAX_REPEAT:
-                _refuse(word, path, f"over {MAX_REPEAT} is not supported")
-        if last is not None and first > last:
-            _refuse(low, path, f"is more than '{high}', so nothing satisfies it")
-        return first, last
+    # arrays
 
-    def _object(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        extra, given = node.get("additionalProperties", True), node.get("properties")
-        if len(given or ()) > MAX_RULES:
-            _refuse("properties", path, f"with more than {MAX_RULES} members is not supported")
-        value = self.term(extra, path + ".additionalProperties", depth + 1) if extra is not False else _EMPTY
-        missing = [name for name in dict.fromkeys(node.get("required", ())) if name not in (given or {})]
-        if missing and extra is False:
-            _refuse("required", path, f"names {json.dumps(missing[0])[:80]}, which 'additionalProperties' rules out")
-        if given is None and not missing:
-            return self._map(node, path, value if extra is not False else None)
-        for word in ("minProperties", "maxProperties"):
-            if word in node:
-                _refuse(word, path, "beside 'properties' or 'required' is not supported")
-        members = {name: self.term(sub, _step(path + ".properties", name), depth + 1) for name, sub in (given or {}).items()}
-        return self._members(members | dict.fromkeys(missing, value), set(node.get("required", ())), path)
+    def array(self, shape: Array, state: State) -> Term:
+        low, high = shape.low, shape.high
+        if shape.unique and (high is None or high > 1):
+            return self.distinct(shape, state)
+        if shape.contains:
+            return self.containing(shape, state)
+        if not shape.first:
+            return self.repeated("[", self.state(shape.rest), "]", low, high)
+        count = len(shape.first) if high is None else min(len(shape.first), high)
+        tail = EMPTY
+        if high is None or high > count:
+            more = self.grammar.share(seq(lit(","), self.state(shape.rest)))
+            tail = rep(more, max(low - count, 0), None if high is None else high - count)
+        for i in reversed(range(count)):
+            here = seq(lit("," if i else ""), self.state(shape.first[i]), tail)
+            tail = self.grammar.share(here if i < low else alt([here, EMPTY]))
+        return seq(lit("["), tail, lit("]"))
 
-    def _map(self, node: dict[str, Any], path: str, value: Term | None) -> Term:
-        low, high = self._range(node, "minProperties", "maxProperties", path)
-        if low > 1:  # a grammar cannot keep the keys apart, and two equal keys count once
-            _refuse("minProperties", path, "over 1 is not supported")
-        if value is None and low:
-            _refuse("minProperties", path, "is more than 'additionalProperties' lets in")
-        return _lit("{}") if value is None else self._list("{", self._pair(value), "}", low, high)
+    def counted(
+        self,
+        shape: Array,
+        start: Any,
+        step: Callable[[Any, int], Iterable[tuple[State | Term, Any]]],
+        done: Callable[[Any, int], bool],
+        state: State,
+    ) -> Term:
+        """Items one by one, with something remembered of those that came before: a rule for each memory and place."""
+        last = max(len(shape.first), shape.low, shape.high or 0)  # beyond it all places are alike
+        rules: dict[tuple[Any, int], Term] = {}
+        todo = [(start, 0)]
 
-    def _members(self, members: dict[str, Term], required: set[str], path: str) -> Term:
-        """Properties in order: `tail` after one has been written, `head` while none has."""
-        head, tail = _EMPTY, _EMPTY
-        if len(members) - len(required) > MAX_OPTIONAL:
-            _refuse("properties", path, f"with more than {MAX_OPTIONAL} optional members is not supported")
-        for name, value in reversed(members.items()):
+        def rule(memory: Any, place: int) -> Term:
+            key = memory, min(place, last + 1) if shape.high is None else place
+            if key not in rules:
+                if len(rules) > MAX_COUNTED:
+                    refuse(
+                        "contains" if shape.contains else "uniqueItems", state[0].path, "over so many items is not supported"
+                    )
+                rules[key] = Term("ref", self.grammar.name())
+                todo.append(key)
+            return rules[key]
+
+        first = rule(start, 0)
+        while todo:
+            memory, place = todo.pop()
+            ways = [EMPTY] if place >= shape.low and done(memory, place) else []
+            if shape.high is None or place < shape.high:
+                for item, after in step(memory, place):
+                    value = item if isinstance(item, Term) else self.state(item)
+                    ways.append(seq(lit("," if place else ""), value, rule(after, place + 1)))
+            self.grammar.rules[rule(memory, place).text] = alt(ways)
+        return seq(lit("["), first, lit("]"))
+
+    def containing(self, shape: Array, state: State) -> Term:
+        """contains: each item is, or is not, one of those that count."""
+        wanted, low, high = shape.contains[0]
+        opposite = tuple(item.turned() for item in wanted)
+        plain = len(shape.contains) == 1 and high is None  # then an item that is not counted may satisfy it too
+        if not plain and (len(opposite) > 1 or len(shape.contains) > 3):
+            refuse("contains", state[0].path, "so often is not supported")
+
+        def step(memory: tuple[int, ...], place: int) -> Iterator[tuple[State | Term, Any]]:
+            base = self.shapes.at(shape, place)
+            if plain:
+                yield join(base, wanted), (min(memory[0] + 1, low),)
+                yield base if memory[0] >= low or len(opposite) != 1 else join(base, opposite), memory
+                return
+            for chosen in range(2 ** len(shape.contains)):
+                states, after = [base], list(memory)
+                for i, (inner, least, most) in enumerate(shape.contains):
+                    if chosen >> i & 1:
+                        states.append(inner)
+                        after[i] = min(after[i] + 1, least if most is None else most + 1)
+                    else:
+                        states.append(tuple(item.turned() for item in inner) if len(inner) == 1 else FALSE)
+                if all(most is None or after[i] <= most for i, (_, _, most) in enumerate(shape.contains)):
+                    yield join(*states), tuple(after)
+
+        def done(memory: tuple[int, ...], place: int) -> bool:
+            return all(count >= least for count, (_, least, _) in zip(memory, shape.contains, strict=True))
+
+        return self.counted(shape, (0,) * len(shape.contains), step, done, state)
+
+    def distinct(self, shape: Array, state: State) -> Term:
+        """uniqueItems of what is listed: a few in any order, more in the order of the list."""
+        values: dict[Any, Any] = {}
+        places = range(len(shape.first) if shape.rest == FALSE else len(shape.first) + 1)
+        for place in places:
+            for one in self.shapes.expand(self.shapes.at(shape, place)):
+                if not isinstance(one, Fixed):
+                    refuse("uniqueItems", state[0].path, "is not supported where the items are not listed")
+                values |= {key_of(value): value for value in one.values}
+        members = list(values.values())
+        if shape.contains:
+            refuse("uniqueItems", state[0].path, "beside 'contains' is not supported")
+        few = len(members) <= MAX_UNIQUE
+
+        def step(memory: Any, place: int) -> Iterator[tuple[State | Term, Any]]:
+            for i, member in enumerate(members):
+                if (i not in memory if few else i >= memory) and self.shapes.holds(self.shapes.at(shape, place), member):
+                    yield self.fixed(Fixed((member,)), state), (memory | {i} if few else i + 1)
+
+        return self.counted(shape, frozenset() if few else 0, step, lambda memory, place: True, state)
+
+    # objects
+
+    def object(self, shape: Object, state: State) -> Term:
+        if shape.some:
+            return self.with_some(shape, state)
+        names = dict.fromkeys(name for source in shape.sources for name in source.named) | dict.fromkeys(shape.required)
+        values = {name: self.shapes.of(shape, name) for name in names}
+        pairs = {
+            name: self.pair(name, value, state)
+            for name, value in values.items()
+            if value != FALSE and self.shapes.satisfiable(value)
+        }
+        extra = alt(seq(key, self.state(value)) for key, value in self.extras(shape, names, state))
+        return self.members(pairs, set(shape.required), extra, shape, state)
+
+    def pair(self, name: str, value: State, state: State) -> Term:
+        key = name, tuple(item.key for item in value)
+        if key not in self.pairs:
             try:
                 label = json.dumps(name, ensure_ascii=False)
                 label.encode()
             except ValueError:
-                _refuse("properties", path, "has a name that JSON cannot carry")
-            pair = self.grammar.share(_seq(_lit(label + ":"), value))
-            here, after = _seq(pair, tail), _seq(_lit(","), pair, tail)
+                refuse("properties", state[0].path, "has a name that JSON cannot carry")
+            self.pairs[key] = self.grammar.share(seq(lit(label + ":"), self.state(value)))
+        return self.pairs[key]
+
+    def extras(self, shape: Object, names: Iterable[str], state: State) -> Iterator[tuple[Term, State]]:
+        """(key, value) of the properties without a name of their own, split by the patterns that the key is found by."""
+        patterns = tuple(dict.fromkeys(pattern for source in shape.sources for pattern, _ in source.patterns))
+        known = [other(names_term(tuple(names)))] if names else []
+        classes: list[tuple[list[Term], set[str]]] = []
+        for found in _together(patterns):
+            hit, missed = (
+                [pattern_term(p) for p in patterns if p in found],
+                [pattern_term(p) for p in patterns if p not in found],
+            )
+            classes.append(([*hit, *shape.keys, *known, *map(other, missed)], found))
+            if len(classes) > 64:
+                refuse("patternProperties", state[0].path, "of so many patterns that meet is not supported")
+        for terms, found in classes:
+            if self.strict and names and not found and all(source.rest == () for source in shape.sources):
+                continue
+            value = join(*(s for source in shape.sources for s in self.of_patterns(source, found)))
+            if value == FALSE or not self.shapes.satisfiable(value):
+                continue
+            key = text_term(Text(terms=tuple(terms)))
+            if key is not NONE:
+                yield self.string(key, ":"), value
+
+    @staticmethod
+    def of_patterns(source: Source, found: set[str]) -> list[State]:
+        hit = [state for pattern, state in source.patterns if pattern in found]
+        return hit or [source.rest]
+
+    def members(self, pairs: dict[str, Term], required: set[str], extra: Term, shape: Object, state: State) -> Term:
+        """All properties of an object: in the schema's order where that is strict, else in any."""
+        low, high = shape.low, shape.high
+        if low > len(required) or (high is not None and (extra is not NONE or high < len(pairs))):
+            return self.numbered(pairs, required, extra, shape, state)
+        extra = self.grammar.share(extra)
+        if not pairs:
+            return self.repeated("{", extra, "}", 0, None) if extra is not NONE else lit("{}")
+        return seq(lit("{"), (self.in_order if self.strict else self.in_any_order)(pairs, required, extra), lit("}"))
+
+    def in_order(self, pairs: dict[str, Term], required: set[str], extra: Term) -> Term:
+        """The others at the end. `tail` is what follows once one has been written, `head` while none has."""
+        tail = rep(self.grammar.share(seq(lit(","), extra)), 0, None)
+        head = alt([EMPTY, self.grammar.share(seq(extra, tail))])
+        for name, pair in reversed(pairs.items()):
+            here, after = seq(pair, tail), seq(lit(","), pair, tail)
             if name in required:
                 head, tail = self.grammar.share(here), self.grammar.share(after)
             else:
-                head = self.grammar.share(_alt([here, head]))
-                tail = self.grammar.share(_seq(_rep(_seq(_lit(","), pair), 0, 1), tail))
-        return _seq(_lit("{"), head, _lit("}"))
+                head = self.grammar.share(alt([here, head]))
+                tail = self.grammar.share(seq(rep(self.grammar.share(seq(lit(","), pair)), 0, 1), tail))
+        return head
 
-    def _array(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        low, high = self._range(node, "minItems", "maxItems", path)
-        if "prefixItems" not in node:
-            return self._list("[", self.term(node.get("items", True), path + ".items", depth + 1), "]", low, high)
-        first = [self.term(item, f"{path}.prefixItems[{i}]", depth + 1) for i, item in enumerate(node["prefixItems"])]
-        if node.get("items", True) not in (True, False, {}):
-            _refuse("items", path, "beside 'prefixItems' is not supported")
-        if low > len(first) or (high is not None and high < len(first)):
-            _refuse("prefixItems", path, "with another number of items is not supported")
-        parts = [part for item in first for part in (_lit(","), item)][1:]
-        return _seq(_lit("["), *parts, _lit("]"))
+    def in_any_order(self, pairs: dict[str, Term], required: set[str], extra: Term) -> Term:
+        """A rule for each set of properties that have been written, as far as that matters: the required ones, or all of a few.
 
-    def _string(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        given: list[str] = [word for word in ("pattern", "format", "minLength") if word in node]
-        given += ["maxLength"] if "maxLength" in node and "minLength" not in node else []
-        if len(given) > 1:
-            _refuse(given[1], path, f"beside '{given[0]}' is not supported")
-        if "format" in node:
-            if node["format"] not in _FORMATS:
-                _refuse("format", path, f"{json.dumps(node['format'])[:60]} is not supported")
-            return self.grammar.share(_quote(_format_term(node["format"])))
-        if "pattern" in node:
-            around = _rep(Term("set", ranges=_PLAIN), 0, AROUND)
-            return self.grammar.share(
-                _quote(Regex(node["pattern"], _PLAIN, _PLAIN, f" in 'pattern' at {path[:300]}").term(around))
-            )
-        return self.grammar.share(_quote(_rep(_CHAR, *self._range(node, "minLength", "maxLength", path))))
+        The others may come anywhere, and twice: of equal names JSON's readers keep the last, and each satisfies the schema.
+        Of very many required ones, the order is the schema's.
+        """
+        watched = [name for name in pairs if name in required or len(pairs) <= MAX_FEW]
+        others = self.grammar.share(alt([*(pair for name, pair in pairs.items() if name not in watched), extra]))
+        between = rep(self.grammar.share(seq(lit(","), others)), 0, None)
+        known: dict[int, Term] = {}
+        most = MAX_WATCHED if self.watching < MAX_WATCHING else 3
+        needed = sum(1 << i for i, name in enumerate(watched) if name in required)
 
-    def _bounds(self, node: dict[str, Any], path: str) -> tuple[int | None, int | None, bool, bool]:
-        """The closest whole bounds, and whether they are left out; a fraction is refused."""
-        lows = [(node[word], word[0] == "e") for word in ("minimum", "exclusiveMinimum") if word in node]
-        highs = [(-node[word], word[0] == "e") for word in ("maximum", "exclusiveMaximum") if word in node]
-        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            if word in node and node[word] != int(node[word]):
-                _refuse(word, path, "with a fraction is not supported for numbers")
-        (low, above), (high, below) = (max(lows, default=(None, False)), max(highs, default=(None, False)))
-        return (low if low is None else int(low), high if high is None else -int(high), above, below)
+        def following(written: int) -> list[int]:
+            left = [i for i in range(len(watched)) if not written >> i & 1]
+            return left[:1] if len(watched) > most else left
 
-    def _integer(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        if node.get("multipleOf", 1) != 1:
-            _refuse("multipleOf", path)
-        cap = 10**DIGITS - 1
-        lows = [math.ceil(node["minimum"])] if "minimum" in node else []
-        lows += [math.floor(node["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in node else []
-        highs = [math.floor(node["maximum"])] if "maximum" in node else []
-        highs += [math.ceil(node["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in node else []
-        low, high = max([-cap, *lows]), min([cap, *highs])
-        if low > high:
-            _refuse(
-                "minimum" if "minimum" in node else next(w for w in _OF_TYPE["number"] if w in node), path, "leaves no integer"
-            )
-        return self.grammar.share(_integers(low, high))
+        def tail(written: int) -> Term:
+            if written not in known:
+                ways = [seq(lit(","), pairs[watched[i]], tail(written | 1 << i)) for i in following(written)]
+                ways += [EMPTY] if written & needed == needed else []
+                known[written] = self.grammar.share(seq(between, alt(ways)))
+            return known[written]
 
-    def _number(self, node: dict[str, Any], path: str, depth: int) -> Term:
-        if "multipleOf" in node:
-            _refuse("multipleOf", path)
-        low, high, above, below = self._bounds(node, path)
-        if low is None and high is None:
-            return self.grammar.share(_NUMBER)
-        if max(abs(low or 0), abs(high or 0)) >= 10**14:
-            _refuse("minimum" if low is not None else "maximum", path, "over 14 digits is not supported for numbers")
-        cap = 10**14
-        low, high = -cap if low is None else low, cap if high is None else high
-        # a double holds 15 digits: with more, 4.9999999999999999 would be read as 5, the very bound that is left out
-        digits = 15 - max(len(str(abs(b))) for b, out in ((low, above), (high, below), (0, False)) if out or b == 0)
-        digits = max(digits, 1)
-        parts = _decimals(max(low, 0), high, above and low >= 0, below, digits) if high >= 0 else []
-        if low < 0:
-            over = below if high <= 0 else True
-            minus = _decimals(max(-high, 0), -low, over or high > 0, above, digits)
-            parts += [_seq(_lit("-"), part) for part in minus]
-        if not parts:
-            _refuse("minimum" if "minimum" in node else "exclusiveMinimum", path, "leaves no number")
-        return self.grammar.share(_alt(parts))
+        self.watching += 2 ** len(watched) if len(watched) <= most else len(watched)
+        ways = [seq(pairs[watched[i]], tail(1 << i)) for i in following(0)]
+        ways += [seq(others, tail(0))] if others is not NONE else []
+        return alt([*ways, *([] if needed else [EMPTY])])
 
-    _JOIN: dict[str, Callable[[Schema, dict[str, Any], str, int], Term]] = {
-        "$ref": _ref,
-        "allOf": _all,
-        "anyOf": _any_of,
-        "oneOf": _any_of,
+    def numbered(self, pairs: dict[str, Term], required: set[str], extra: Term, shape: Object, state: State) -> Term:
+        """minProperties and maxProperties: how many have been written is part of the rule's name.
+
+        Of those without a name of their own, one counts as distinct from the others: two equal names are one property.
+        """
+        low, high = shape.low, shape.high
+        names = list(pairs)
+        most = len(names) if high is None else min(high, len(names))
+        if len(names) * (most + 1) > MAX_COUNTED:
+            refuse("minProperties" if low else "maxProperties", state[0].path, "beside so many properties is not supported")
+        after: list[Term] = []
+        for count in range(most + 1):
+            left, room = max(low - count, 0), None if high is None else high - count
+            if extra is NONE or room == 0:
+                after.append(EMPTY if not left else NONE)
+            elif left > 1:
+                self.shapes.dead(
+                    f"'minProperties' at {state[0].path[:300]} over the number of known names needs names kept apart"
+                )
+                after.append(NONE)
+            else:
+                more = rep(
+                    self.grammar.share(seq(lit(","), self.grammar.share(extra))),
+                    max(left - 1, 0),
+                    None if room is None else room - 1,
+                )
+                some = seq(lit("," if count else ""), self.grammar.share(extra), more)
+                after.append(some if left else alt([some, EMPTY]))
+        for i in reversed(range(len(names))):
+            here = []
+            for count in range(min(most, i) + 1):
+                with_it = seq(lit("," if count else ""), pairs[names[i]], after[count + 1]) if count < most else NONE
+                here.append(self.grammar.share(with_it if names[i] in required else alt([with_it, after[count]])))
+            after = here
+        return seq(lit("{"), after[0], lit("}"))
+
+    def with_some(self, shape: Object, state: State) -> Term:
+        """There is a property of this name and value: one that has a name of its own, or one of the others."""
+        if len(shape.some) > 1 or shape.low > 1 or shape.high is not None:
+            refuse("not", state[0].path, "of what properties may be is not supported beside other counts")
+        ((key, value),) = shape.some
+        plain = replace(shape, some=())
+        names = dict.fromkeys(name for source in shape.sources for name in source.named) | dict.fromkeys(shape.required)
+        ways = []
+        for name in names:
+            if matches(key, name):
+                held = replace(plain, required=(*shape.required, name), sources=(*shape.sources, Source({name: value})))
+                ways.append(self.object(held, state) if self.shapes.alive(held) else NONE)
+        pairs = {
+            name: self.pair(name, self.shapes.of(shape, name), state)
+            for name in names
+            if self.shapes.satisfiable(self.shapes.of(shape, name))
+        }
+        narrow = [(k, join(v, value)) for k, v in self.extras(replace(plain, keys=(*shape.keys, key)), names, state)]
+        one = alt(seq(k, self.state(v)) for k, v in narrow if self.shapes.satisfiable(v))
+        if one is not NONE:
+            whole = alt(seq(k, self.state(v)) for k, v in self.extras(plain, names, state))
+            tail = seq(lit(","), one, rep(self.grammar.share(seq(lit(","), whole)), 0, None))
+            head = seq(one, rep(self.grammar.share(seq(lit(","), whole)), 0, None))
+            for name, pair in reversed(pairs.items()):
+                here, after = seq(pair, tail), seq(lit(","), pair, tail)
+                head, tail = (here, after) if name in shape.required else (alt([here, head]), alt([after, tail]))
+                head, tail = self.grammar.share(head), self.grammar.share(tail)
+            ways.append(seq(lit("{"), head, lit("}")))
+        return alt(ways)
+
+    _KIND: dict[Any, Callable[[Schema, Any, State], Term]] = {
+        Fixed: fixed,
+        Number: lambda self, shape, state: self.grammar.share(number_term(shape)),
+        Text: lambda self, shape, state: self.string(text_term(shape)),
+        Array: array,
+        Object: object,
     }
-    _KIND: dict[str, Callable[[Schema, dict[str, Any], str, int], Term]] = {
-        "object": _object,
-        "array": _array,
-        "string": _string,
-        "integer": _integer,
-        "number": _number,
-        "boolean": lambda self, node, path, depth: _words(["true", "false"]),
-        "null": lambda self, node, path, depth: _lit("null"),
-    }
-
-
-def _quote(term: Term) -> Term:
-    return _seq(_lit('"'), term, _lit('"'))
-
-
-def _members(node: dict[str, Any]) -> list[Any]:
-    return node["enum"] if "enum" in node else [node["const"]]
-
-
-def _listed(node: dict[str, Any]) -> frozenset[Any] | None:
-    return frozenset(map(_key, _members(node))) if "enum" in node or "const" in node else None
-
-
-# ---- checking values
-
-
-def _reach(term: Term, text: str, starts: set[int], budget: list[int]) -> set[int]:
-    """Where a match that starts at one of the places may end: all ways at once, so no pattern can backtrack for ever."""
-    budget[0] -= 1 + len(starts)
-    if budget[0] < 0:
-        raise Unsupported("a 'pattern' that takes this long to check is not supported")
-    if term.op == "lit":
-        return {i + len(term.text) for i in starts if text.startswith(term.text, i)}
-    if term.op == "set":
-        return {i + 1 for i in starts if i < len(text) and any(a <= ord(text[i]) <= b for a, b in term.ranges)}
-    if term.op == "seq":
-        for part in term.parts:
-            starts = _reach(part, text, starts, budget) if starts else starts
-        return starts
-    if term.op == "alt":
-        return set().union(*(_reach(part, text, starts, budget) for part in term.parts))
-    found, turn = set(starts) if not term.low else set(), 0
-    while starts and (term.high is None or turn < term.high):
-        after, turn = _reach(term.parts[0], text, starts, budget), turn + 1
-        if turn < term.low:
-            starts = after
-            continue
-        starts = after - found
-        found |= after
-    return found
-
-
-@lru_cache(maxsize=128)
-def _pattern_term(pattern: str) -> Term:
-    return Regex(pattern, _ALL, _ALL, " in 'pattern'").term(_rep(Term("set", ranges=_ALL), 0, None))
-
-
-def _matches(term: Term, text: str) -> bool:
-    return len(text) in _reach(term, text, {0}, [2_000_000])
-
-
-def _formatted(name: str, text: str) -> bool:
-    return name in _FORMATS and _matches(_format_term(name), text)
-
-
-_TESTS: dict[str, tuple[str, Callable[[Any, Any], bool], str]] = {
-    "minLength": ("string", lambda limit, v: len(v) >= limit, "is shorter than {} characters"),
-    "maxLength": ("string", lambda limit, v: len(v) <= limit, "is longer than {} characters"),
-    "pattern": ("string", lambda pattern, v: _matches(_pattern_term(pattern), v), "does not match the pattern {}"),
-    "format": ("string", _formatted, "is not of the format {}"),
-    "minimum": ("number", lambda limit, v: v >= limit, "is less than {}"),
-    "maximum": ("number", lambda limit, v: v <= limit, "is more than {}"),
-    "exclusiveMinimum": ("number", lambda limit, v: v > limit, "is not more than {}"),
-    "exclusiveMaximum": ("number", lambda limit, v: v < limit, "is not less than {}"),
-    "multipleOf": ("number", lambda step, v: step == 1 and _is(v, "integer"), "is not a multiple of {}"),
-    "minItems": ("array", lambda limit, v: len(v) >= limit, "has fewer than {} items"),
-    "maxItems": ("array", lambda limit, v: len(v) <= limit, "has more than {} items"),
-    "minProperties": ("object", lambda limit, v: len(v) >= limit, "has fewer than {} properties"),
-    "maxProperties": ("object", lambda limit, v: len(v) <= limit, "has more than {} properties"),
-    "required": ("object", lambda names, v: all(name in v for name in names), "lacks one of the properties {}"),
-    "enum": ("", lambda members, v: any(_key(v) == _key(member) for member in members), "is none of {}"),
-    "const": ("", lambda member, v: bool(_key(v) == _key(member)), "is not {}"),
-    "type": ("", lambda k, v: any(_is(v, kind) for kind in ([k] if isinstance(k, str) else k)), "is not of type {}"),
-}
-
-
-@dataclass
-class Check:
-    """One check of a value: the root for references, and the steps so far (references can double the work without end)."""
-
-    root: Any
-    steps: int = 0
-
-
-def _fault(node: Any, value: Any, check: Check, path: str, hops: int = 0) -> str | None:
-    """The first fault of a value; `hops` counts the references that were followed on the spot."""
-    if node is False:
-        return f"The value at {path[:300]} is not allowed."
-    check.steps += 1
-    if check.steps > 200_000:
-        raise Unsupported("a schema that takes this long to check is not supported")
-    node = _checked(node, "$")
-    for word, (kind, test, words) in _TESTS.items():
-        if word in node and (not kind or _is(value, kind)) and not test(node[word], value):
-            return f"The value at {path[:300]} {words.format(json.dumps(node[word], ensure_ascii=False)[:100])}."
-    if hops > 50:
-        raise Unsupported("a '$ref' that leads to itself is not supported")
-    if "$ref" in node:
-        fault = _fault(_resolve(check.root, node, "$"), value, check, path, hops + 1)
-        if fault:
-            return fault
-    for word, few, many in (("allOf", None, None), ("anyOf", 1, None), ("oneOf", 1, 1)):
-        faults = [_fault(member, value, check, path, hops + 1) for member in node.get(word, ())]
-        good = faults.count(None)
-        if word in node and (good < (few or len(faults)) or (many and good > many)):
-            bad = next((fault for fault in faults if fault), None)
-            return (
-                bad if bad and len(faults) == 1 else f"The value at {path[:300]} satisfies {good} of the schemas in '{word}'."
-            )
-    return next(
-        (fault for step, sub, part in _inside(node, value) if (fault := _fault(sub, part, check, _step(path, step)))), None
-    )
-
-
-def _inside(node: dict[str, Any], value: Any) -> Iterable[tuple[Any, Any, Any]]:
-    """(step, schema, value) for every part of an object or a list."""
-    if isinstance(value, dict):
-        known = node.get("properties", {})
-        for name, part in value.items():
-            yield name, known.get(name, node.get("additionalProperties", True)), part
-    elif isinstance(value, list):
-        first = node.get("prefixItems", [])
-        for i, part in enumerate(value):
-            yield i, first[i] if i < len(first) else node.get("items", True), part
 
 
 # ---- what is called from outside
@@ -1131,26 +1280,36 @@ def _bounded(work: Callable[[], Any]) -> Any:
         raise Unsupported("nesting this deep is not supported") from None
 
 
-def schema_grammar(schema: Any) -> str:
-    """Compact JSON that satisfies the schema (JSON Schema 2020-12, the keywords above); Unsupported for any other."""
-    if _nesting(schema, 2 * MAX_DEPTH + 2):
+def schema_grammar(schema: Any, draft: int = 0, strict: bool = False) -> str:
+    """Compact JSON that satisfies the schema; Unsupported where that cannot be made.
+
+    `draft` (4, 6, 7, 2019, 2020) is meant where `$schema` names none. `strict` keeps properties in the schema's order, and to those
+    that it names where it does not ask for others: what a model is to write, rather than all that a reader may take.
+    """
+    if nests(schema, 2 * MAX_DEPTH + 2):
         raise Unsupported(f"a schema nested deeper than {MAX_DEPTH} is not supported")
-    return str(_bounded(Schema(schema).text))
+    return str(_bounded(lambda: Schema(schema, draft, strict).text()))
 
 
 def object_grammar() -> str:
-    """Any JSON object, nested to a bounded depth."""
+    """Any JSON object."""
     return schema_grammar({"type": "object"})
 
 
 def regex_grammar(pattern: str) -> str:
     """Text that the whole of the regex matches; ^ and $ may stand at its ends."""
-    return str(_bounded(lambda: Grammar().text(Regex(pattern, _ALL, _TEXT, "").term(_EMPTY))))
+    return str(_bounded(lambda: _whole(Regex(pattern, TEXT).term(EMPTY))))
+
+
+def _whole(term: Term) -> str:
+    if term is NONE or (has(term, "and") and nothing(term)):
+        raise Unsupported("a regex that no text matches is not supported")
+    return Grammar().text(term)
 
 
 def regex_matches(pattern: str, text: str) -> bool:
     """Does the whole regex match? In time that grows with the text, not exponentially: a client wrote the pattern."""
-    return _matches(Regex(pattern, _ALL, _TEXT, "").term(_EMPTY), text)
+    return matches(Regex(pattern, TEXT).term(EMPTY), text)
 
 
 def choice_grammar(choices: list[str]) -> str:
@@ -1159,177 +1318,4 @@ def choice_grammar(choices: list[str]) -> str:
         raise Unsupported("a choice that is not text, or an empty list of choices, is not supported")
     if any(0xD800 <= ord(char) < 0xE000 for choice in choices for char in choice):
         raise Unsupported("a choice with half a surrogate pair is not supported")
-    return Grammar().text(_words(dict.fromkeys(choices)))
-
-
-def violation(schema: Any, value: Any) -> str | None:
-    """Where and how a value fails the schema, in a sentence; None when it satisfies it."""
-    try:
-        return _fault(schema, value, Check(schema), "$")
-    except RecursionError:
-        return "The value nests too deep to be checked."
-
-
-# ---- grammars in the client's own words
-
-
-_TOKEN = re.compile(
-    r'''(?P<rule>[A-Za-z][A-Za-z0-9_-]*)(?=\s*::=)|(?P<is>::=)|(?P<ref>[A-Za-z][A-Za-z0-9_-]*)|"(?P<lit>(?:[^"\\\n]|\\.)*)"'''
-    r"""|\[(?P<set>\^?(?:[^\]\\\n]|\\.)*)\]|(?P<dot>\.)|(?P<suffix>[?*+]|\{\s*\d{1,5}\s*(?:,\s*(?:\d{1,5})?\s*)?\})|(?P<mark>[()|])"""
-)
-_SKIP = re.compile(r"(?:\s|#[^\n]*)*")
-_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.S)
-_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", **{c: c for c in '"\\[]^-/'}}
-
-
-class Gbnf:
-    """A reader of llama.cpp's GBNF (grammars/README.md of that project), so that a client's grammar is proved and written anew.
-
-    An engine must not see it as it came: a dead end ends llama.cpp's process, and a mistake OpenVINO's pipeline.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.tokens, at = [], _SKIP.match(text).end()  # type: ignore[union-attr]
-        while at < len(text):
-            found = _TOKEN.match(text, at)
-            if not found:
-                raise Unsupported(f"the grammar cannot be read at {text[at : at + 30]!r}")
-            kind = found.lastgroup or ""
-            self.tokens.append((kind, found[kind]))
-            at = _SKIP.match(text, found.end()).end()  # type: ignore[union-attr]
-        self.tokens.reverse()  # the next one is the last: pop() is cheap
-        self.grammar = Grammar()
-        self.names: dict[str, str] = {}
-        self.defined: set[str] = set()
-
-    def text(self) -> str:
-        while self.tokens:
-            kind, name = self.tokens.pop()
-            if kind != "rule" or name in self.defined:
-                raise Unsupported(
-                    f"the grammar {'defines' if kind == 'rule' else 'has no rule around'} {name!r}{' twice' * (kind == 'rule')}"
-                )
-            self.tokens.pop()
-            self.defined.add(name)
-            self.grammar.rules[self.ref(name).text] = self.alternatives(0)
-        missing = next((name for name in ("root", *self.names) if name not in self.defined), None)
-        if missing:
-            raise Unsupported(f"the grammar does not define the rule {missing!r}")
-        self.check_repetitions()
-        return self.grammar.text(self.grammar.rules[self.names["root"]])
-
-    def ref(self, name: str) -> Term:
-        if name not in self.names:
-            self.names[name] = self.grammar.name(f"the rule {name!r}")
-        return Term("ref", self.names[name])
-
-    def next(self) -> str:
-        return self.tokens[-1][0] if self.tokens else ""
-
-    def alternatives(self, depth: int) -> Term:
-        if depth > MAX_DEPTH:
-            raise Unsupported(f"a grammar nested deeper than {MAX_DEPTH} is not supported")
-        branches = [self.sequence(depth)]
-        while self.tokens and self.tokens[-1] == ("mark", "|"):
-            self.tokens.pop()
-            branches.append(self.sequence(depth))
-        return _alt(branches)
-
-    def sequence(self, depth: int) -> Term:
-        parts = []
-        while self.next() in ("ref", "lit", "set", "dot") or self.tokens[-1:] == [("mark", "(")]:
-            term = self.atom(depth)
-            while self.next() == "suffix":
-                low, high = self.bounds(self.tokens.pop()[1])
-                if max(low, high or 0) > MAX_REPEAT:
-                    raise Unsupported(f"a repetition over {MAX_REPEAT} in the grammar is not supported")
-                term = _rep(self.grammar.share(term), low, high)
-            parts.append(term)
-        return _seq(*parts)
-
-    def atom(self, depth: int) -> Term:
-        kind, text = self.tokens.pop()
-        if kind == "ref":
-            return self.ref(text)
-        if kind == "lit":
-            return _lit("".join(chr(code) for code in self.codes(text)))
-        if kind == "dot":
-            return Term("set", ranges=_ALL)
-        if kind == "set":
-            return self.members(text)
-        inner = self.alternatives(depth + 1)
-        if self.tokens[-1:] != [("mark", ")")]:
-            raise Unsupported("the grammar has a '(' without its ')'")
-        self.tokens.pop()
-        return inner
-
-    @staticmethod
-    def bounds(suffix: str) -> tuple[int, int | None]:
-        if suffix in "?*+":
-            return {"?": (0, 1), "*": (0, None), "+": (1, None)}[suffix]
-        low, comma, high = suffix.strip("{}").replace(" ", "").partition(",")
-        bounds = int(low), (int(high) if high else None) if comma else int(low)
-        if bounds[1] is not None and bounds[1] < bounds[0]:
-            raise Unsupported(f"the grammar's repetition {suffix} has no number in it")
-        return bounds
-
-    @staticmethod
-    def codes(text: str) -> list[int]:
-        def plain(found: re.Match[str]) -> str:
-            digits = found[1] or found[2] or found[3]
-            if digits:
-                code = int(digits, 16)
-                if code == 0 or code > 0x10FFFF or 0xD800 <= code < 0xE000:
-                    raise Unsupported(f"the character {found[0]} of the grammar is not supported")
-                return chr(code)
-            if found[4] not in _NAMED_ESCAPES:
-                raise Unsupported(f"the escape {found[0]} of the grammar is not supported")
-            return _NAMED_ESCAPES[found[4]]
-
-        return [ord(char) for char in _ESCAPE.sub(plain, text)]
-
-    def members(self, text: str) -> Term:
-        negated = text.startswith("^")
-        pieces = _ESCAPE.split(text[negated:])  # text, then the four groups of an escape, and so on
-        codes: list[tuple[int, bool]] = [(ord(char), char == "-") for char in pieces[0]]
-        for i in range(1, len(pieces), 5):
-            x, u, long, char = pieces[i : i + 4]
-            escape = f"\\x{x}" if x else f"\\u{u}" if u else f"\\U{long}" if long else f"\\{char}"
-            codes += [(self.codes(escape)[0], False), *((ord(char), char == "-") for char in pieces[i + 4])]
-        ranges, at = [], 0
-        while at < len(codes):
-            if at + 2 < len(codes) and codes[at + 1][1]:
-                ranges.append((codes[at][0], codes[at + 2][0]))
-                at += 3
-            else:
-                ranges.append((codes[at][0], codes[at][0]))
-                at += 1
-        found = _both(_without(ranges) if negated else _ordered(r for r in ranges if r[0] <= r[1]), _ALL)
-        if not found or any(a > b for a, b in ranges):
-            raise Unsupported(f"the class [{text[:40]}] of the grammar holds no character")
-        return Term("set", ranges=found)
-
-    def check_repetitions(self) -> None:
-        """llama.cpp hangs on some repetitions of what may be empty."""
-        empty = _settle(self.grammar.rules, _may_be_empty)
-        stack = list(self.grammar.rules.values())
-        while stack:
-            term = stack.pop()
-            if term.op == "rep" and (term.high is None or term.high > 1) and _may_be_empty(term.parts[0], empty):
-                raise Unsupported("the grammar repeats something that may be empty, which is not supported")
-            stack += term.parts
-
-
-def _may_be_empty(term: Term, empty: set[str]) -> bool:
-    if term.op == "ref":
-        return term.text in empty
-    if term.op == "rep":
-        return term.low == 0 or _may_be_empty(term.parts[0], empty)
-    if term.op in ("seq", "alt"):
-        return (any if term.op == "alt" else all)(_may_be_empty(part, empty) for part in term.parts)
-    return term == _EMPTY
-
-
-def own_grammar(text: str) -> str:
-    """A client's GBNF, proved and written anew. Raises Unsupported with what is wrong with it."""
-    return Gbnf(text).text()
+    return Grammar().text(words(dict.fromkeys(choices)))

@@ -21,6 +21,7 @@ import importlib
 import itertools
 import logging
 import multiprocessing
+import operator
 import os
 import pickle
 import queue
@@ -204,6 +205,7 @@ class EngineSpec:
     draft_tokens: int = 0  # how many are guessed at once; 0: the engine's default
     tool_syntax: str = ""  # takes the place of what is found in the template
     options: tuple[str, ...] = ()  # flags of exllamav3's own model_init, as they stood on the command line
+    task: str = "generate"  # | "embed" | "rerank": what the model is for
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,13 @@ class Step(NamedTuple):
     scores: Sequence[Scored] = ()  # one for each prompt token, with the first of `tokens`, where wanted
     error: Refused | EngineFailed | None = None  # the sequence cannot go on: its job is told so, and ends
     cached: int | None = None  # tokens found in the KV cache beside those that start() knew of
+
+
+class Tokens(NamedTuple):
+    """One input of a model that pools: a text, or a pair of them."""
+
+    ids: Sequence[int]
+    types: Sequence[int] = ()  # of a pair: 0 for the first text's, 1 for the second's, where the model tells them apart
 
 
 class Template(Protocol):
@@ -285,8 +294,13 @@ class Backend(Protocol):
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]: ...
     def step(self) -> Iterable[Step]: ...
     def cancel(self, seq: int) -> None: ...
-    def embed(self, ids: list[int]) -> Iterator[list[float]]: ...  # in pieces; what comes last is the vector
+    def embed(self, inputs: Sequence[Tokens]) -> Iterator[list[bytes]]: ...  # one batch, in pieces; the vectors come last
     def close(self) -> None: ...
+
+
+# What a binding may have beside: `pool_tokens` and `pool_rows`, the most tokens (padding counts) and inputs of one embed();
+# `prompts`, a model's own by name, "" being what stands before every text; `pair(query, document, limit) -> Tokens` of a
+# reranker, whose embed() gives vectors of one number. A vector is little-endian float32.
 
 
 FEATURES = {  # what an engine may lack → what it is, for the 400
@@ -299,10 +313,13 @@ FEATURES = {  # what an engine may lack → what it is, for the 400
     "template": "control over the chat template",
     "inside": "a look at prompt and tokens",
     "tools": "tool calls and reasoning",
+    "tokens": "tokenizing for others",
+    "rerank": "scores of pairs of texts",
+    "prompts": "an embedding model's own prompts",
 }
 BEYOND_OPENAI = frozenset(FEATURES) - {"logit_bias", "top_logprobs", "tools"}
 UPSTREAMS = {  # other servers as engines → what of FEATURES they lack; what is not known to be honoured there is refused here
-    "vllm": frozenset({"embeddings", "inside"}),
+    "vllm": frozenset({"inside", "prompts"}),
     "tensorrt_llm": BEYOND_OPENAI,
     "openai": BEYOND_OPENAI,
 }
@@ -544,6 +561,7 @@ class EngineLoop:
         self.turns: dict[str, int] = {}  # when each client last got a slot
         self.clock = itertools.count(1)
         self.calls: deque[tuple[int, Iterator[Any]]] = deque()  # one piece of one call between two steps
+        self.pool = Pool(backend)
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
         self.inbox_has = readable(conn)
@@ -555,6 +573,7 @@ class EngineLoop:
             while self.receive():
                 self.admit()
                 self.advance_call()
+                self.out += self.pool.advance()
                 self.flush()  # what was taken or refused is told before a step, which may be long
                 self.step()
                 self.flush()
@@ -570,7 +589,7 @@ class EngineLoop:
 
     def receive(self) -> bool:
         """Take what has come; block only when there is nothing else to do."""
-        idle = not self.active and not self.waiting and not self.calls
+        idle = not self.active and not self.waiting and not self.calls and not self.pool.jobs
         while idle or self.inbox_has():
             kind, *arguments = self.conn.recv()
             if kind == "close":
@@ -748,6 +767,7 @@ class EngineLoop:
     def cancel(self, job: int) -> None:
         self.waiting = deque(c for c in self.waiting if c.request.job != job)
         self.calls = deque(c for c in self.calls if c[0] != job)
+        self.pool.jobs.pop(job, None)
         for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
             del self.active[seq]
             self.backend.cancel(seq)
@@ -764,8 +784,73 @@ class EngineLoop:
         for value in self.guarded(job, "answer", lambda: [*itertools.islice(work, 1)]) or ():
             if value is None:
                 self.calls.append((job, work))  # more to do; the others first
+            elif isinstance(value, Pooling):
+                self.pool.jobs[job] = value
             else:
                 self.out.append((job, Answer(value)))
+
+
+@dataclass(slots=True, eq=False)
+class Pooling:
+    """What a call wants pooled, and what its answer is once all the vectors are there, in the inputs' order."""
+
+    inputs: list[Tokens]
+    answer: Callable[[list[bytes]], Any]
+    todo: list[int] = field(init=False)  # inputs that are in no batch yet, the longest last
+    vectors: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.todo = sorted(range(len(self.inputs)), key=lambda i: len(self.inputs[i].ids))
+
+
+class Pool:
+    """Inputs of all calls on their way to vectors: one batch between two steps, calls in turn, what is left of it to the next."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.tokens, self.rows = getattr(backend, "pool_tokens", 512), getattr(backend, "pool_rows", 1)
+        self.jobs: dict[int, Pooling] = {}  # whose turn it is comes first
+        self.batch: list[tuple[int, Pooling, int]] = []  # (job, its pooling, which input)
+        self.work: Iterator[list[bytes]] = iter(())
+
+    def advance(self) -> list[tuple[int, Event]]:
+        """One piece of a batch. What has failed fails for all who had a part in it."""
+        if not self.batch and not self.fill():
+            return []
+        try:
+            vectors = next(self.work)
+        except Exception as error:
+            if not isinstance(error, Refused):
+                log.exception("engine: could not embed")
+            told = error if isinstance(error, Refused) else EngineFailed(f"the engine could not embed: {one_line(error)}")
+            jobs = {job for job, pooling, _ in self.batch if self.jobs.get(job) is pooling}
+            self.batch = []
+            return [(job, told) for job in jobs if self.jobs.pop(job)]
+        if not vectors:
+            return []
+        events: list[tuple[int, Event]] = []
+        for (job, pooling, i), vector in zip(self.batch, vectors, strict=True):
+            pooling.vectors[i] = vector
+            if len(pooling.vectors) == len(pooling.inputs) and self.jobs.get(job) is pooling:
+                del self.jobs[job]
+                events.append((job, Answer(pooling.answer([pooling.vectors[at] for at in range(len(pooling.inputs))]))))
+        self.batch = []
+        return events
+
+    def fill(self) -> bool:
+        """The next batch. Its padding counts, so that inputs of like length come together."""
+        longest = 0
+        for job, pooling in list(self.jobs.items()):
+            before = len(self.batch)
+            while pooling.todo and len(self.batch) < self.rows:
+                longest = max(longest, len(pooling.inputs[pooling.todo[-1]].ids))
+                if self.batch and longest * (len(self.batch) + 1) > self.tokens:
+                    break
+                self.batch.append((job, pooling, pooling.todo.pop()))
+            if len(self.batch) > before:
+                self.jobs[job] = self.jobs.pop(job)  # the others first, next time
+        self.work = self.backend.embed([pooling.inputs[i] for _, pooling, i in self.batch]) if self.batch else iter(())
+        return bool(self.batch)
 
 
 def known(backend: Backend, ids: Any) -> Any:
@@ -816,23 +901,109 @@ def rendered(backend: Backend, prompt: Prompt) -> str:
     return prepare(prompt, Sampling()).text if prepare else backend.template.render(prompt)
 
 
-def call_embed(backend: Backend, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any] | None]:
-    """One piece of a prompt between two steps, so that running answers go on."""
-    vectors, tokens = [], 0
+def call_embed(
+    backend: Backend, prompts: Sequence[Prompt], prompt_name: str | None = None, limit: int | None = None
+) -> Iterator[Pooling | None]:
+    """`limit`: a longer input is cut there; -1: where the model ends; None: it is refused."""
+    before = own_prompt(backend, prompt_name)
+    inputs: list[Tokens] = []
+    read = 0
     for prompt in prompts:
-        if prompt.least_tokens() > backend.context:
-            raise too_long("an input", "is far longer than", backend.context)
-        _, ids, _ = encode(backend, prompt)
-        if not ids:
-            raise Refused("An input is empty.", "input")
-        if len(ids) > backend.context:
-            raise too_long(f"an input has {len(ids)} tokens, which", "exceed", backend.context)
-        vector: list[float] = []
-        for vector in backend.embed(ids):  # noqa: B007 (the last one counts)
+        inputs.append(pooled_text(backend, prompt, before, limit))
+        read += len(inputs[-1].ids)
+        if read > READ_AT_ONCE:  # running answers go on
+            read = 0
             yield None
-        vectors.append(vector)
-        tokens += len(ids)
-    yield {"vectors": vectors, "tokens": tokens}
+    tokens = sum(len(given.ids) for given in inputs)
+    yield Pooling(inputs, lambda vectors: {"vectors": vectors, "tokens": tokens})
+
+
+READ_AT_ONCE = 4096  # tokens of texts that are tokenized between two steps
+
+
+def own_prompt(backend: Backend, name: str | None) -> str:
+    prompts = getattr(backend, "prompts", {})
+    if name is not None and name not in prompts:
+        names = ", ".join(filter(None, prompts)) or "none"
+        raise Refused(f"This model has no prompt of that name; it has: {names}.", "prompt_name")
+    return str(prompts.get(name or "", ""))
+
+
+def pooled_text(backend: Backend, prompt: Prompt, before: str, limit: int | None) -> Tokens:
+    """Raises Refused: empty, too long, or ids that the weights do not know."""
+    most = backend.context if limit in (None, -1) else min(limit or 0, backend.context)
+    text = before + (prompt.text or "") if prompt.tokens is None else ""
+    if limit is None and prompt.least_tokens() > most:
+        raise too_long("an input", "is far longer than", most)
+    if limit is not None:
+        text = text[: 32 * most]  # a token is rarely longer, and the rest would be cut
+    ids = known(backend, backend.tokenize(text, True) if prompt.tokens is None else list(prompt.tokens))
+    if not ids:
+        raise Refused("An input is empty.", "prompt")
+    if len(ids) > most and limit is not None:
+        plain = backend.tokenize(text, False) if prompt.tokens is None else ids
+        at = next((at for at in range(4) if ids[at : at + len(plain)] == plain), 0)  # what stands around the text stays
+        tail = ids[at + len(plain) :][: most - 1]
+        ids = ids[: most - len(tail)] + tail
+    if len(ids) > most:
+        raise too_long(f"an input has {len(ids)} tokens, which", "exceed", most)
+    return Tokens(ids)
+
+
+def call_score(
+    backend: Backend, queries: Sequence[str], documents: Sequence[str], limit: int | None = None, ranks: bool = False
+) -> Iterator[Pooling | None]:
+    """One number for each pair; an only query stands with every document. A reranker reads both texts at once, of a model
+    that embeds it is the cosine of its two vectors, where it `ranks` each behind the model's prompt for its kind.
+    """
+    pair = getattr(backend, "pair", None)
+    pairs = list(zip(queries, documents, strict=True)) if len(queries) > 1 else [(queries[0], text) for text in documents]
+    kinds = (("query",), ("document", "passage", "corpus")) if ranks else ((), ())
+    known_prompts = getattr(backend, "prompts", {})
+    befores = [next((known_prompts[name] for name in kind if name in known_prompts), None) for kind in kinds]
+    inputs: list[Tokens] = []
+    read = 0
+    texts: Sequence[Any] = pairs if pair else [*queries, *documents]
+    for i, given in enumerate(texts):
+        if pair:
+            inputs.append(pooled_pair(backend, given[0], given[1], limit))
+        else:
+            before = befores[i >= len(queries)]
+            before = own_prompt(backend, None) if before is None else before
+            inputs.append(pooled_text(backend, Prompt(text=given), before, limit))
+        read += len(inputs[-1].ids)
+        if read > READ_AT_ONCE:
+            read = 0
+            yield None
+    tokens = sum(len(given.ids) for given in inputs)
+
+    def answer(vectors: list[bytes]) -> dict[str, Any]:
+        numbers = [memoryview(vector).cast("f") for vector in vectors]
+        if pair:
+            return {"scores": [float(number[0]) for number in numbers], "tokens": tokens}
+        others = numbers[len(queries) :]
+        first = numbers[: len(queries)] if len(queries) > 1 else numbers[:1] * len(others)
+        return {"scores": [cosine(a, b) for a, b in zip(first, others, strict=True)], "tokens": tokens}
+
+    yield Pooling(inputs, answer)
+
+
+def pooled_pair(backend: Any, query: str, document: str, limit: int | None) -> Tokens:
+    """Raises Refused: too long."""
+    most = backend.context if limit in (None, -1) else min(limit or 0, backend.context)
+    if limit is None and (len(query) + len(document)) // 32 > most:
+        raise too_long("a pair", "is far longer than", most)
+    cut = document[: 32 * most] if limit is not None else document
+    found: Tokens = backend.pair(query, cut, None if limit is None else most)
+    known(backend, found.ids)
+    if len(found.ids) > most:
+        raise too_long(f"a query with its document has {len(found.ids)} tokens, which", "exceed", most)
+    return found
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    product, squares = sum(map(operator.mul, a, b)), sum(map(operator.mul, a, a)) * sum(map(operator.mul, b, b))
+    return float(product / (squares**0.5 or 1.0))
 
 
 CALLS: dict[str, Callable[..., Iterator[Any]]] = {
@@ -840,6 +1011,7 @@ CALLS: dict[str, Callable[..., Iterator[Any]]] = {
     "detokenize": call_detokenize,
     "render": call_render,
     "embed": call_embed,
+    "score": call_score,
 }
 
 
@@ -854,10 +1026,11 @@ def one_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
-def backend_class(name: str) -> type[Backend]:
-    """By its name in backends.BACKENDS, or as "module:Class" for a binding of your own."""
-    if ":" not in name:
-        name = f"backends:{importlib.import_module('backends').BACKENDS[name].__name__}"  # imported here: it imports us
+def backend_class(name: str, task: str = "generate") -> type[Backend]:
+    """By its name in backends.BACKENDS or embedders.EMBEDDERS, or as "module:Class" for a binding of your own."""
+    if ":" not in name:  # imported here: they import us
+        room, table = ("backends", "BACKENDS") if task == "generate" else ("embedders", "EMBEDDERS")
+        name = f"{room}:{getattr(importlib.import_module(room), table)[name].__name__}"
     module, _, attribute = name.partition(":")
     found: type[Backend] = getattr(importlib.import_module(module), attribute)
     return found
@@ -876,7 +1049,7 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
             os._exit(0)  # the server is gone
 
     try:
-        backend = backend_class(spec.backend)(spec, lambda fraction: tell("progress", fraction))
+        backend = backend_class(spec.backend, spec.task)(spec, lambda fraction: tell("progress", fraction))
     except Exception as error:
         log.debug("load failed", exc_info=True)
         tell("failed", f"{spec.path}: {one_line(error)}")
@@ -939,7 +1112,7 @@ class Job:
         self.engine, self.number, self.client = engine, number, client
         self.open = choices  # choices that have not finished; changed by the producer only
         self.running = False
-        self.events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()  # None: wake up
+        self.queue: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()  # None: wake up
         self.sink: Sink | None = None
         self.turn = threading.Lock()  # guards sink, and with it whose turn the stream is
 
@@ -953,7 +1126,7 @@ class Job:
                 except Exception as error:  # a sink's fault is its own request's
                     event = error
                 self.sink = None
-            self.events.put(event)
+            self.queue.put(event)
 
     def take(self, timeout: float, sink: Sink | None = None) -> list[Event | Exception]:
         """All events that have come, waiting up to `timeout` seconds for the first.
@@ -962,20 +1135,20 @@ class Job:
         """
         if sink is not None:
             with self.turn:
-                self.sink = sink if self.events.empty() else None
+                self.sink = sink if self.queue.empty() else None
         events = []
         with contextlib.suppress(queue.Empty):
-            events.append(self.events.get(timeout=timeout))
+            events.append(self.queue.get(timeout=timeout))
         if sink is not None:
             with self.turn:
                 self.sink = None
-        while not self.events.empty():  # nobody else takes
-            events.append(self.events.get_nowait())
+        while not self.queue.empty():  # nobody else takes
+            events.append(self.queue.get_nowait())
         return [event for event in events if event is not None]
 
     def wake(self) -> None:
         """Let take() return, maybe with nothing."""
-        self.events.put(None)
+        self.queue.put(None)
 
     def cancel(self) -> None:
         """Free the slot or the place in the queue. Harmless when the job has finished."""
@@ -1083,7 +1256,7 @@ class Engine(Jobs):
         """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients. `model` is for upstreams."""
         return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
 
-    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
+    def call(self, name: str, arguments: dict[str, Any], client: str = "", model: str = "") -> Job:
         """One of CALLS; the job's only event is an Answer."""
         return self.enter(client, 1, "call", name, arguments)
 

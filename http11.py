@@ -599,10 +599,13 @@ class Connection(socketserver.BaseRequestHandler):
 
     def write_now(self, data: bytes) -> int:
         """Write what the socket takes without waiting: how many bytes. For whatever thread has the stream's turn."""
+        begun = len(self.begun)
         try:
-            return os.write(self.connection.fileno(), data)  # socket.send would wait for as long as the timeout
+            sent = os.write(self.connection.fileno(), data[begun:])  # socket.send would wait for as long as the timeout
         except OSError:  # full; or reset, which the next write() tells
             return 0
+        self.begun = b""
+        return begun + sent
 
     def common_headers(self) -> list[tuple[str, str]]:
         """Headers that every reply has beside those that HTTP asks for."""

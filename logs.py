@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any
 
+from progress import LogHandler
+
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 URL_USER = re.compile(r"(?<=://)[^/@\s]+@")
@@ -55,6 +57,6 @@ class JsonLines(logging.Formatter):
 
 def start(level: str, form: str = "text", most: int = 2000) -> None:
     """Log to stderr. `form`: text or json; `most`: characters of a message."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LogHandler(sys.stderr)
     handler.setFormatter(JsonLines(most) if form == "json" else TextLines(most))
     logging.basicConfig(level=level, handlers=[handler], force=True)

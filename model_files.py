@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +94,7 @@ def leads_out(folder: str) -> str | None:
 
 
 def read_gguf(path: str) -> dict[str, Any]:
-    """Scalars and strings of a GGUF file's metadata; arrays (the vocabulary) are skipped.
+    """Scalars and strings of a GGUF file's metadata; arrays (the vocabulary) are skipped, of labels it is told how many.
 
     Format: the GGUF specification of the ggml project, versions 2 and 3. Raises ValueError for what is not one.
     """
@@ -112,7 +113,7 @@ def read_gguf(path: str) -> dict[str, Any]:
                 raise ValueError("the header is damaged")
             return f.read(size).decode("utf-8", "replace")
 
-        def skip_array() -> None:
+        def skip_array() -> int:
             nonlocal strings
             kind, count = unpack("<I"), unpack("<Q")
             if kind == GGUF_STRING:
@@ -125,6 +126,7 @@ def read_gguf(path: str) -> dict[str, Any]:
                 f.seek(count * struct.calcsize(GGUF_SCALARS[kind]), os.SEEK_CUR)
             else:
                 raise ValueError(f"the header has an array of unknown type {kind}")
+            return int(count)
 
         if f.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -137,7 +139,9 @@ def read_gguf(path: str) -> dict[str, Any]:
         for _ in range(count):
             key, kind = string(), unpack("<I")
             if kind == GGUF_ARRAY:
-                skip_array()
+                size = skip_array()
+                if key.endswith(".classifier.output_labels"):
+                    meta[key] = size
             elif kind == GGUF_STRING:
                 meta[key] = string()
             elif kind in GGUF_SCALARS:
@@ -218,3 +222,101 @@ def hf_template(folder: str, tokenizer_config: dict[str, Any]) -> str | None:
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
+
+
+# ─────────────────────────────── what a model is for, and how one that embeds pools ──────────────────────────────
+
+TASKS = {  # "task" in GET /v1/models → what such a model does, and where, for the 400
+    "generate": ("generates text", "/v1/chat/completions"),
+    "embed": ("embeds texts, and generates none", "/v1/embeddings, /v1/rerank or /v1/score"),
+    "rerank": ("scores documents for a query, and generates none", "/v1/rerank or /v1/score"),
+}
+GGUF_ENCODERS = (  # architectures of GGUF that have no causal attention: they cannot generate
+    "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
+    "gemma-embedding", "t5encoder",
+)  # fmt: skip
+GGUF_RANK = 4  # <arch>.pooling_type: 0 none, 1 mean, 2 cls, 3 last, 4 rank
+
+
+def gguf_task(meta: dict[str, Any]) -> str:
+    """A key of TASKS. A model that generates says nothing of pooling."""
+    arch = meta.get("general.architecture", "")
+    pooling = meta.get(f"{arch}.pooling_type", 0)
+    if pooling == GGUF_RANK or (arch in GGUF_ENCODERS and meta.get(f"{arch}.classifier.output_labels")):
+        return "rerank"
+    return "embed" if pooling or arch in GGUF_ENCODERS else "generate"
+
+
+def folder_task(folder: str, config: dict[str, Any]) -> str:
+    """Of a Hugging Face or IR folder: a key of TASKS, or "classify", which nothing here serves."""
+    known = config.get("architectures")
+    architecture = str(known[0]) if isinstance(known, list) and known else ""
+    if architecture.endswith("ForSequenceClassification"):
+        return "rerank" if labels(config) == 1 else "classify"
+    encodes = architecture.endswith(("Model", "ForMaskedLM")) and not architecture.endswith("LMHeadModel")
+    return "embed" if encodes or os.path.exists(os.path.join(folder, "modules.json")) else "generate"
+
+
+def labels(config: dict[str, Any]) -> int:
+    """transformers' own default is two."""
+    named = config.get("id2label")
+    return len(named) if isinstance(named, dict) else int(config.get("num_labels") or 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingFiles:
+    """How a folder's model makes a vector of a text, as sentence-transformers writes it: modules.json and what that names."""
+
+    modes: tuple[str, ...] = ("mean",)  # side by side, where there are several
+    normalize: bool = True  # scaled to length 1
+    dense: tuple[str, ...] = ()  # folders in it of the layers behind the pooling
+    longest: int | None = None  # tokens
+    lower: bool = False  # the text becomes lower case first
+    prompts: dict[str, str] = field(default_factory=dict)  # by name; "": before every text that asks for none
+
+
+LEGACY_MODES = {  # of 1_Pooling/config.json before sentence-transformers 6, in the order in which they stand side by side
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def read_pooling(folder: str) -> PoolingFiles:
+    """Without modules.json: the mean, of length 1. Raises OSError, ValueError: a module that this server does not know."""
+    try:
+        listed = json.loads(read_text(folder, "modules.json"))
+        modules = [(str(module["type"]).rpartition(".")[2], str(module.get("path") or "")) for module in listed]
+    except FileNotFoundError:
+        modules = [("Normalize", "")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError("modules.json is not a list of modules") from None
+    if unknown := [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Dense", "Normalize")]:
+        raise ValueError(f"modules.json has a module {unknown[0]}, which this server does not know")
+    if out := [path for _, path in modules if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")]:
+        raise ValueError(f"modules.json leads out of its folder: {out[0]!r}")
+    paths = dict(modules)
+    pooling = parse_json(folder, os.path.join(paths["Pooling"], "config.json")) if paths.get("Pooling") else {}
+    if pooling.get("include_prompt") is False:
+        raise ValueError("its pooling leaves the prompt out, which this server does not do")
+    modes = pooling.get("pooling_mode") or [mode for key, mode in LEGACY_MODES.items() if pooling.get(key)] or ["mean"]
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    if unknown := [mode for mode in modes if mode not in LEGACY_MODES.values()]:
+        raise ValueError(f"this server knows no pooling {unknown[0]}")
+    own = read_json(folder, "config_sentence_transformers.json")
+    given = own.get("prompts")
+    prompts = {str(name): str(text) for name, text in given.items() if text is not None} if isinstance(given, dict) else {}
+    prompts[""] = prompts.get(str(own.get("default_prompt_name")), "")
+    first = read_json(folder, os.path.join(paths.get("Transformer", ""), "sentence_bert_config.json"))
+    longest = first.get("max_seq_length")
+    return PoolingFiles(
+        modes,
+        "Normalize" in paths,
+        tuple(path for kind, path in modules if kind == "Dense"),
+        longest if isinstance(longest, int) and longest > 0 else None,
+        bool(first.get("do_lower_case")),
+        prompts,
+    )

@@ -155,7 +155,7 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
         metavar="TOKENS",
         help="most tokens of one request; default: what model and cache allow",
     )
-    add("--embeddings", action="store_true", help="also serve /v1/embeddings (llamacpp, transformers)")
+    add("--embeddings", action="store_true", help="also embed with a model that generates (llamacpp, transformers)")
     add("--no-model-cache", action="store_true",
         help="convert a GGUF file at each start, instead of keeping what it became in the cache folder (openvino)")  # fmt: skip
     add("-dm", "--draft-model-dir", metavar="PATH",
@@ -341,6 +341,7 @@ def init(args: argparse.Namespace) -> Models:
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
             draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or "", options=tuple(args.exllamav3),
+            task=model.task,
             flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 
@@ -536,6 +537,7 @@ class Life:
         self.was_ready = False  # since it was last unloaded: an engine that dies is then replaced
         self.comes_back = False  # it is loaded because another could not be
         self.pause, self.born, self.restart_at = 0.0, 0.0, 0.0
+        self.restarts = 0  # how often an engine of it has died and been replaced
 
     def move(self, state: str) -> None:
         if state not in MOVES[self.state]:
@@ -582,7 +584,7 @@ class Models:
         self.last_error = ""  # why the last load or engine failed, until one succeeds
         self.closing = False
         self.on_ready: Callable[[AnyEngine], None] = lambda engine: None
-        self.on_progress: Callable[[float], None] = lambda fraction: None
+        self.on_progress: Callable[[Life], None] = lambda life: None
         self.on_fatal: Callable[[str], None] = lambda reason: None  # the only model cannot be loaded: there is nothing to serve
 
     # ── what requests ask for ──
@@ -834,7 +836,7 @@ class Models:
         if engine.dead is not None:
             self.engine_died(life, engine)
         elif engine.info is None:
-            self.on_progress(engine.progress)
+            self.on_progress(life)
         else:
             with self.changed:
                 if life.engine is engine and life.state == "loaded":  # an upstream serves other models than before
@@ -880,6 +882,7 @@ class Models:
         # A request waits for an engine that comes back at once; otherwise it is told.
         life.move("loading" if engine.info and pause <= 2 and not leaves else "failed")
         life.restart_at = 0.0 if leaves else now + pause
+        life.restarts += not leaves
         life.was_ready = not leaves  # should it come back, that is a load like any other
         log.error("%s%s", reason, "" if leaves else f"; starting it again{f' in {pause:.0f} s' if pause else ''}")
         self.changed.notify_all()

@@ -53,9 +53,11 @@ from api_reply import (
     Rendering,
     Shape,
     compact,
-    embedding,
+    embeddings,
     merge,
+    pair_scores,
     piece_json,
+    ranking,
     sse,
 )
 from api_request import (
@@ -66,6 +68,8 @@ from api_request import (
     EMBEDDINGS,
     OPERATE,
     PROMPT_FIELDS,
+    RERANK,
+    SCORE,
     TEMPLATE,
     TOKENIZE,
     Field,
@@ -80,12 +84,16 @@ from api_request import (
     require,
     sampling_from,
 )
-from backends import WITH_EMBEDDINGS
+from backends import LACKS, WITH_EMBEDDINGS
 from background import Background, Running
 from catalog import Model, UsageError
-from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log
+from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log, weight_files
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
-from model_init import AnyEngine, Conflict, Models, Profile, StillLoading, UnknownModel
+from metrics import CONTENT_TYPE, Metrics, Tally
+from model_files import TASKS
+from model_init import AnyEngine, Conflict, Life, Models, Profile, StillLoading, UnknownModel
+from page import Page, read_page, wants_page
+from progress import Progress
 from state import State, StateError, default_path
 
 VERSION = "0.2.0"
@@ -106,19 +114,22 @@ class Handler(Connection):
     server: Server
     names: Iterable[tuple[str, str]] = ()  # a chat request's fields → what a dialect calls them, for errors
     rendering: Rendering | None = None  # how the stream that has begun is told
+    matched = ""  # the route, once it is found
 
     def answer(self) -> None:
         """Page, route, method and key are looked at before a byte of the body is read."""
         access, path = self.server.access, self.find_path()
         if self.command == "OPTIONS":
             return self.reply(204, None, PREFLIGHT)
-        methods, argument = find_route(path)
+        route, argument = find_route(path)
+        methods = ROUTES.get(route)
         if methods is None:
             raise ApiError(404, f"There is no {path[:200]}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
         action = methods.get("GET" if self.command == "HEAD" else self.command)
         if action is None:
             allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
             raise ApiError(405, f"{self.command[:50]} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
+        self.matched = route
         if self.server.draining:
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         peer = str(self.client_address[0])
@@ -143,6 +154,8 @@ class Handler(Connection):
         if isinstance(error, Refused) and told.param == "prompt":  # the engine's word for it, on every route
             told.param = PROMPT_FIELDS.get(self.bare_path(), "prompt")
         self.log_note += f" {told.message[:300]}"
+        if self.server.metrics and 400 <= told.status < 500:
+            self.server.metrics.count("refused_total", told.code or "invalid_request")
         if self.streaming:
             return self.end_stream(self.rendering.failed(told) if self.rendering else sse(told.body()) + DONE)
         self.close_connection |= told.close
@@ -159,9 +172,12 @@ class Handler(Connection):
 
     def clear(self) -> None:
         super().clear()
-        self.identity, self.names, self.rendering = "", (), None
+        self.identity = self.matched = ""
+        self.names, self.rendering = (), None
 
     def note(self) -> None:
+        if self.server.metrics:
+            self.server.metrics.answered(self.command, self.matched, self.status)
         if self.command == "GET" and self.status < 400:
             return
         told = {
@@ -186,13 +202,16 @@ class Handler(Connection):
     # ── GET routes ──
 
     def get_root(self) -> None:
+        page = self.server.page
+        if page and wants_page(self.headers.get("Accept", "")):
+            return self.reply_bytes(200, page.body, page.kind, page.headers)
         models = self.server.models
         current = models.current()
         self.reply(200, {
             "service": "openai_api_endpoint", "version": VERSION, "status": models.status(),
             "model": current and models.catalog.public(current.model), "engine": current and models.backend(current.model),
-            "routes": list(ROUTES),
-        })  # fmt: skip
+            "admin": self.server.access.admin is not None, "routes": list(ROUTES),
+        }, [("Vary", "Accept")])  # fmt: skip
 
     def get_health(self) -> None:
         if not self.server.models.ready:
@@ -223,6 +242,7 @@ class Handler(Connection):
             "id": name, "object": "model", "created": model.created, "owned_by": self.server.profile.owned_by,
             "permission": [], "root": name, "parent": None, "status": status, "loaded": status == "loaded",
             **({"error": self.server.without_paths(failure)} if failure else {}),
+            **({} if model.task == "generate" else {"task": model.task}),
         }  # fmt: skip
 
     def get_models(self) -> None:
@@ -256,6 +276,12 @@ class Handler(Connection):
         refuse_lacking("tokenizer_info", "inside", models.backend(model))
         info = models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
         self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
+
+    def get_metrics(self) -> None:
+        metrics = self.server.metrics
+        if metrics is None:
+            raise ApiError(404, "There are no metrics: start the server with --metrics.", code="metrics_off")
+        self.reply_bytes(200, metrics.render(self.server.models), CONTENT_TYPE)
 
     # ── POST routes that generate ──
 
@@ -331,6 +357,14 @@ class Handler(Connection):
     def submit(self, start: Callable[[AnyEngine], Job]) -> Job:
         return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())
 
+    def must(self, *tasks: str) -> None:
+        """Only a model of one of these tasks can do it; an upstream speaks for its own."""
+        model = self.model
+        if model.task not in tasks and model.kind != "upstream":
+            does, route = TASKS[model.task]
+            name = self.server.models.catalog.public(model)
+            raise ApiError(400, f"The model {name} {does}: ask {route}.", "model", "unsupported_task")
+
     def model_name(self, values: dict[str, Any]) -> str:
         """A reply names the model as the request did."""
         return values.get("model") or self.server.models.catalog.public(self.model)
@@ -354,12 +388,13 @@ class Handler(Connection):
         max_tokens: int | None,
         cut: bool = False,
         render: Callable[[Completion], Rendering] | None = None,
-        away: Callable[[Job, Completion], None] | None = None,
+        away: Callable[[Job, Completion, Callable[..., None]], None] | None = None,
     ) -> None:
         """`max_tokens`: where the request does not say. `cut`: it is cut down to what fits. `render`: as a dialect tells it.
 
-        `away`: takes the job over, instead of this handler.
+        `away`: takes the job over, instead of this handler; it calls its last argument with Generation.seconds() at the end.
         """
+        self.must("generate")
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
             refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
@@ -386,12 +421,21 @@ class Handler(Connection):
             hide_reasoning=values.get("include_reasoning") is False,
             functions="functions" in values and "tools" not in values,
         )
+        metrics = self.server.metrics
+        if metrics:
+            completion.gaps = Tally("inter_token_latency_seconds")
+            metrics.begin(self.model.id, completion)
+
+        def ended(**seconds: float) -> None:
+            if metrics:
+                metrics.end(completion, completion.gaps, **seconds)
+
         if away:
-            return away(job, completion)
+            return away(job, completion, ended)
         self.rendering = render(completion) if render else Chunks(completion, values.get("stream_options", False))
         answer = Generation(self, job, completion, self.rendering, bool(told))
-        self.server.peers.add(self, job.wake)
         try:
+            self.server.peers.add(self, job.wake)
             if values.get("stream"):
                 answer.stream()
             else:
@@ -401,13 +445,15 @@ class Handler(Connection):
             self.server.peers.discard(self)
             job.cancel()
             self.log_note = answer.describe()
+            ended(**answer.seconds())
 
     # ── POST routes that ask the engine without generating ──
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """One call to the engine."""
         client = self.client()
-        job = self.submit(lambda engine: engine.call(name, arguments, client))
+        of = self.model.id if self.model.served_by else ""
+        job = self.submit(lambda engine: engine.call(name, arguments, client, of))
         until = time.monotonic() + self.server.request_timeout
         try:
             while time.monotonic() < until:
@@ -478,17 +524,41 @@ class Handler(Connection):
     def post_embeddings(self) -> None:
         values = self.read(EMBEDDINGS)
         prompts = require(values, "input", EMBEDDINGS)
-        if not self.server.models.spec(self.model).embeddings:
-            raise ApiError(
-                400,
-                f"Start the server with --embeddings (engines: {', '.join(WITH_EMBEDDINGS)}).",
-                "model",
-                "unsupported_parameter",
-            )
-        answer = self.ask("embed", prompts=prompts)
-        data = [embedding(i, vector, values) for i, vector in enumerate(answer["vectors"])]
-        usage = {"prompt_tokens": answer["tokens"], "total_tokens": answer["tokens"]}
-        self.reply(200, {"object": "list", "data": data, "model": self.model_name(values), "usage": usage})
+        self.must("embed", "generate")
+        if self.model.task == "generate" and self.model.kind != "upstream":
+            self.check_embeds()
+        limit = values.get("truncate_prompt_tokens")
+        found = self.ask("embed", prompts=prompts, prompt_name=values.get("prompt_name"), limit=limit)
+        self.reply(200, embeddings(found["vectors"], values, self.model_name(values), found["tokens"]))
+
+    def check_embeds(self) -> None:
+        """A model that generates embeds only where its engine can, and the server was told so."""
+        spec, able = self.server.models.spec(self.model), " and ".join(WITH_EMBEDDINGS)
+        if spec.backend in LACKS and spec.backend not in WITH_EMBEDDINGS:
+            told = f"This model generates, and with such a model {spec.backend} does not embed; {able} can."
+            raise ApiError(400, told, "input", "unsupported_parameter")
+        if not spec.embeddings:
+            told = f"This model generates; for its embeddings start the server with --embeddings (engines: {able})."
+            raise ApiError(400, told, "model", "unsupported_parameter")
+
+    def post_rerank(self) -> None:
+        values = self.read(RERANK)
+        query, documents = require(values, "query", RERANK), require(values, "documents", RERANK)
+        found = self.score([query], documents, values, ranks=True)
+        self.reply(200, ranking(found["scores"], values, self.model_name(values), found["tokens"]))
+
+    def post_score(self) -> None:
+        values = self.read(SCORE)
+        first, second = require(values, "text_1", SCORE), require(values, "text_2", SCORE)
+        if len(first) not in (1, len(second)):
+            raise ApiError(400, "'text_1' must be one text, or as many as 'text_2'.", "text_1")
+        found = self.score(first, second, values, ranks=False)
+        self.reply(200, pair_scores(found["scores"], self.model_name(values), found["tokens"]))
+
+    def score(self, queries: list[str], documents: list[str], values: dict[str, Any], ranks: bool) -> Any:
+        self.must("rerank", "embed")
+        limit = values.get("truncate_prompt_tokens")
+        return self.ask("score", queries=queries, documents=documents, limit=limit, ranks=ranks)
 
     def post_tokenize(self) -> None:
         values = self.read(TOKENIZE)
@@ -526,6 +596,7 @@ class Generation:
     def __init__(self, handler: Handler, job: Job, completion: Completion, rendering: Rendering, told: bool):
         self.handler, self.job, self.completion, self.rendering = handler, job, completion, rendering
         self.told = told  # what the model was given, as well
+        self.begun = time.monotonic()  # when the engine's queue took it
         self.first_delta = 0.0  # when it came, by this process's clock
         self.clock = 0.0  # since when the engine owes us something; 0: it has not taken the job
         self.sink: Sink = self.begin
@@ -621,6 +692,7 @@ class Generation:
             if self.unsent:
                 unsent, self.unsent = self.unsent, b""
                 self.handler.write(unsent)
+                self.clock = time.monotonic()  # what the client took to read is not the engine's
             for event in merge(events):
                 if isinstance(event, Exception):
                     raise event
@@ -632,7 +704,7 @@ class Generation:
                 else:
                     self.begin(event)
             if streaming and events:
-                self.clock = time.monotonic()  # what the client took to read is not the engine's
+                self.clock = time.monotonic()
 
     def debug(self) -> dict[str, Any]:
         """What the model was given, for `return_prompt` and --record: enough to run the request again."""
@@ -641,6 +713,12 @@ class Generation:
         engine = {"backend": info.backend, "library": info.library, "slots": info.slots, "threads": info.threads}
         prompts = [asdict(details) for details in self.completion.details]
         return {"debug": {"prompts": prompts, "engine": engine, "fingerprint": info.fingerprint}}
+
+    def seconds(self) -> dict[str, float]:
+        """How long it waited in the engine's queue, for its first token, and for its end; 0: it did not come to that."""
+        began, now = self.handler.started, time.monotonic()
+        queued = max(0.0, self.completion.started_at - self.begun) if self.completion.started_at else 0.0
+        return {"queued": queued, "first": max(0.0, self.first_delta - began), "whole": now - began}
 
     def describe(self) -> str:
         """The rest of the log line: what was asked of the engine, and how fast it was."""
@@ -711,9 +789,9 @@ class Dialects(Handler):
         def render(completion: Completion) -> responses_api.Answer:
             return responses_api.Answer(completion, turn, self.sampling_defaults(), keep)
 
-        def away(job: Job, completion: Completion) -> None:
+        def away(job: Job, completion: Completion, ended: Callable[..., None]) -> None:
             answer = render(completion)
-            one = Background(job, completion, answer, self.server.request_timeout)
+            one = Background(job, completion, answer, self.server.request_timeout, ended)
             queued = {**answer.waiting()}
             self.server.running.add(completion.id, one)
             one.start()
@@ -832,6 +910,7 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/models/{id}": {"GET": Handler.get_model},
     "/capabilities": {"GET": Handler.get_capabilities},
     "/tokenizer_info": {"GET": Handler.get_tokenizer_info},
+    "/metrics": {"GET": Handler.get_metrics},
     "/models/load": {"POST": Handler.post_load},
     "/models/unload": {"POST": Handler.post_unload},
     "/chat/completions": {"POST": Handler.post_chat_completions},
@@ -844,6 +923,9 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/messages": {"POST": Dialects.post_messages},
     "/messages/count_tokens": {"POST": Dialects.post_count_tokens},
     "/embeddings": {"POST": Handler.post_embeddings},
+    "/rerank": {"POST": Handler.post_rerank},
+    "/v2/rerank": {"POST": Handler.post_rerank},  # Cohere's
+    "/score": {"POST": Handler.post_score},
     "/tokenize": {"POST": Handler.post_tokenize},
     "/detokenize": {"POST": Handler.post_detokenize},
     "/apply-template": {"POST": Handler.post_apply_template},
@@ -856,16 +938,14 @@ TABLES = BODIES | responses_api.BODIES | messages_api.BODIES  # the fields of ev
 PATTERNS = sorted((path.split("{id}") for path in ROUTES if "{id}" in path), key=lambda ends: -len(ends[1]))
 
 
-def find_route(path: str) -> tuple[dict[str, Action] | None, tuple[str, ...]]:
-    """(the methods of a path, the {id} in it)."""
-    if path in ROUTES and "{" not in path:
-        return ROUTES[path], ()
-    for before, after in PATTERNS:
+def find_route(path: str) -> tuple[str, tuple[str, ...]]:
+    """(the row of ROUTES that a path means, the {id} in it)."""
+    for before, after in PATTERNS if path not in ROUTES else ():
         if path.startswith(before) and path.endswith(after) and len(path) > len(before) + len(after):
             id = path[len(before) : len(path) - len(after)]
             if before == "/models/" or "/" not in id:  # a model's id may have slashes
-                return ROUTES[f"{before}{{id}}{after}"], (unquote(id),)
-    return None, ()
+                return f"{before}{{id}}{after}", (unquote(id),)
+    return path, ()
 
 
 class Server(HttpServer):
@@ -895,12 +975,16 @@ class Server(HttpServer):
         uds: str = "",
         state: State | Literal["memory", "none"] = "memory",
         drop_hosted: bool = False,
+        page: Page | None = None,
+        metrics: Metrics | None = None,
     ):
         self.state = state if isinstance(state, State) else State() if state == "memory" else None  # of /v1/responses
         self.key = self.state.key if self.state else secrets.token_bytes(32)  # of what clients keep and send back
         self.running = Running()  # in the background
         self.drop_hosted = drop_hosted  # tools that this server does not have are left out, not refused
         self.profile = profile or Profile()
+        self.page = page  # for browsers at /
+        self.metrics = metrics  # None: nothing is counted
         self.access = access or Access(
             Keys([api_key] if api_key else []), None if admin is None else Keys([admin] if admin else [])
         )
@@ -1024,6 +1108,8 @@ def make_parser() -> Parser:
     add("-H", "--host", help="address to listen on; 0.0.0.0: all; default: the profile's (localhost)")
     add("-p", "--port", type=model_init.whole(0, 65535), help="port, 0: any free one; default: the profile's (8000)")
     add("--strict", action="store_true", help="refuse request fields that nobody knows, instead of ignoring them")
+    add("--metrics", action="store_true", help="count, and tell Prometheus at /metrics")
+    add("--no-page", action="store_true", help="no page for browsers at /: JSON for everyone")
     add("--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py")
     add("--state", default="", metavar="FILE",
         help="where /v1/responses keeps what it is to store; none: nowhere; default: a file in the user's state folder")  # fmt: skip
@@ -1163,15 +1249,16 @@ def template_line(syntax: dict[str, Any]) -> str:
 def listening(server: Server) -> str:
     host, port, scheme = str(server.server_address[0]), server.server_port, "https" if server.tls else "http"
     url = f"{scheme}://{'localhost' if host in ('0.0.0.0', '::', '127.0.0.1') else host}:{port}"
-    curl = f"curl {url}"
+    where, curl = url, f"curl {url}"
     if server.uds:
-        url, curl = server.uds, f"curl --unix-socket {server.uds} {scheme}://localhost"
+        url, where = f"{scheme}://localhost", server.uds
+        curl = f"curl --unix-socket {where} {url}"
     stream = ',"stream":false' if server.profile.stream else ""
     names = list(server.models.catalog.models().values())
     asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
     model = f'"model":"{server.models.catalog.public(names[0])}",' if asked else ""
     return f"""\
-  listening on {url}  (OpenAI base_url: {url}/v1)
+  listening on {where}  ({"a chat, in a browser; " if server.page else ""}OpenAI base_url: {url}/v1)
 
   {curl}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
@@ -1197,6 +1284,7 @@ class Service:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.exit_code, self.greeted, self.stopping = args, 0, False, False
+        self.loads: dict[AnyEngine, Progress] = {}  # engines that are being loaded
         self.models = model_init.init(args)
         profile = model_init.profile_of(args)
         try:
@@ -1213,6 +1301,8 @@ class Service:
                 uds=args.uds,
                 state=open_state(args),
                 drop_hosted=args.hosted_tools == "drop",
+                page=None if args.no_page else read_page(),
+                metrics=Metrics() if args.metrics else None,
             )
         except OSError as error:
             where = args.uds or f"{profile.host}:{profile.port}"
@@ -1247,13 +1337,22 @@ class Service:
         self.greeted = True
 
     def ready(self, engine: AnyEngine) -> None:
+        if shown := self.loads.pop(engine, None):
+            shown.close()
         if not self.greeted:
             self.greeted = True
             print(banner(self.server, engine), flush=True)
 
-    def progress(self, fraction: float) -> None:
-        if sys.stderr.isatty():
-            print(f"\rloading {fraction:4.0%}", end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
+    def progress(self, life: Life) -> None:
+        """From an engine's reader thread."""
+        engine = life.engine
+        if engine is None:
+            return
+        if engine not in self.loads:
+            self.loads = {other: shown for other, shown in self.loads.items() if other.dead is None}
+            size = sum(map(os.path.getsize, weight_files(engine.spec.path))) if life.model.kind != "upstream" else 0
+            self.loads[engine] = Progress(f"loading {life.model.id}", size, lambda: not engine.ready and engine.dead is None)
+        self.loads[engine].show(engine.progress)
 
     def fatal(self, reason: str) -> None:
         print(f"openai_api_endpoint.py: {reason}", file=sys.stderr, flush=True)

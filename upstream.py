@@ -17,12 +17,13 @@ import re
 import selectors
 import socket
 import ssl
+import struct
 import threading
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from engine import (
@@ -40,12 +41,16 @@ from engine import (
     TokenLogprob,
     log,
 )
+from engine import Answer as Answered
+from grammar import ebnf_grammar
 
 POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,12}")
 REFUSALS = (400, 413, 422)  # an upstream's words for: not with this request
 LISTING_MAX = 1 << 22  # bytes of its list of models
+CALL_MAX = 1 << 28  # bytes of what it answers to a call: 2,048 vectors of 8,192 numbers fit
+Take = Callable[[http.client.HTTPConnection, http.client.HTTPResponse], None]
 TOKENS_MAX = 1 << 17  # taken for the longest answer where neither the request nor the upstream says
 # What an answer may be at most, beside what its tokens explain: bytes of events, characters of text, pieces of it.
 BASE_BYTES, BASE_TEXT, BASE_PIECES = 1 << 20, 1 << 16, 1 << 10
@@ -169,16 +174,43 @@ class Upstream(Jobs):
         except RecursionError:
             raise Refused("The request is nested too deeply.") from None
         job = UpstreamJob(self, next(self.numbers), len(prompts) * sampling.n, client)
+        return self.enter(
+            job, self.base + path, data,
+            lambda connection, reply: self.reader.add(self.reply(connection, reply, job, sampling, len(data))),
+        )  # fmt: skip
+
+    def call(self, name: str, arguments: dict[str, Any], client: str = "", model: str = "") -> Job:
+        """One of CALLS, passed on."""
+        assert self.info is not None
+        if name not in CALLS or CALLS[name].needs in UPSTREAMS[self.spec.backend]:
+            told = f"The engine {self.spec.backend} does not {name} for others: ask that server yourself."
+            raise Refused(told, "prompt", "unsupported_parameter")
+        path, body, answer = CALLS[name].ask(**arguments)
+        root = self.base if path in OWN_V1 else self.base.removesuffix("/v1")
+        data = json.dumps({"model": model or self.info.models[0], **body}, ensure_ascii=False).encode()
+        job = UpstreamJob(self, next(self.numbers), 1, client)
+
+        def take(connection: http.client.HTTPConnection, reply: http.client.HTTPResponse) -> None:
+            said = reply.read(CALL_MAX + 1)
+            if len(said) > CALL_MAX:
+                raise UpstreamFailed("its answer is too long")
+            job.put(Answered(answer(json.loads(said))))
+            keep = reply.isclosed() and not reply.will_close
+            self.end(job, kept=connection if keep else None)
+            if not keep:
+                connection.close()
+
+        return self.enter(job, root + path, data, take)
+
+    def enter(self, job: UpstreamJob, path: str, data: bytes, take: Take) -> Job:
+        """`take` has a connection with a reply of status 200 from then on, and ends the job."""
         self.admit(job)
         try:
-            threading.Thread(target=self.run, args=(job, path, data, sampling), name="upstream-job", daemon=True).start()
+            threading.Thread(target=self.run, args=(job, path, data, take), name="upstream-job", daemon=True).start()
         except RuntimeError:  # no more threads: the job's place must not stay taken
             self.drop(job)
             raise
         return job
-
-    def call(self, name: str, arguments: dict[str, Any], client: str = "") -> Job:
-        raise Refused(f"An upstream server does not {name} for others: ask it yourself.", "prompt", "unsupported_parameter")
 
     def drop(self, job: Job) -> None:
         with self.lock:
@@ -264,8 +296,8 @@ class Upstream(Jobs):
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
-    def run(self, job: UpstreamJob, path: str, data: bytes, sampling: Sampling) -> None:
-        """Ask; the body of a good reply is then the reader's."""
+    def run(self, job: UpstreamJob, path: str, data: bytes, take: Take) -> None:
+        """Ask; the body of a good reply is then somebody else's."""
         try:
             if not self.slots.enter(job):
                 return self.end(job)
@@ -274,7 +306,7 @@ class Upstream(Jobs):
             try:
                 if reply.status != 200:
                     raise failure(reply.status, reply.headers.get("Retry-After"), reply.read(1 << 20))
-                self.reader.add(self.reply(connection, reply, job, sampling, len(data)))
+                take(connection, reply)
             except BaseException:
                 connection.close()
                 raise
@@ -323,7 +355,7 @@ class Upstream(Jobs):
             if job.dropped:
                 job.hang_up()
             try:
-                connection.request("POST", self.base + path, data, self.headers)
+                connection.request("POST", path, data, self.headers)
                 return connection, connection.getresponse()
             except (ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected):
                 connection.close()
@@ -358,7 +390,7 @@ def request_body(prompts: Sequence[Prompt], s: Sampling, model: str) -> tuple[st
     body |= {"stop": list(s.stop)} if s.stop else {}
     body |= {"stop_token_ids": list(s.stop_token_ids)} if s.stop_token_ids else {}
     body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias}} if s.logit_bias else {}
-    body |= {"structured_outputs": {"grammar": s.grammar}} if s.grammar else {}
+    body |= {"structured_outputs": {"grammar": ebnf_grammar(s.grammar)}} if s.grammar else {}
     return path, body
 
 
@@ -375,6 +407,96 @@ def tool_fields(prompt: Prompt) -> dict[str, Any]:
         functions = [{"type": "function", "function": {"name": name}} for name in names]
         choice = {"type": "allowed_tools", "allowed_tools": {"mode": choice, "tools": functions}}
     return fields | {"tools": list(prompt.tools), "tool_choice": choice, "parallel_tool_calls": prompt.parallel}
+
+
+# ── what generates nothing: (path, body, reply → what engine.CALLS would have answered), by vLLM's routes and names ──
+
+Asked = tuple[str, dict[str, Any], Callable[[Any], Any]]
+OWN_V1 = ("/embeddings", "/rerank", "/score")  # vLLM has its other routes at the root
+
+
+def ask_embed(prompts: Sequence[Prompt], prompt_name: None = None, limit: int | None = None) -> Asked:
+    given = [prompt.text if prompt.text is not None else list(prompt.tokens or ()) for prompt in prompts]
+
+    def read(reply: Any) -> dict[str, Any]:
+        rows = sorted(reply["data"], key=lambda row: int(row["index"]))
+        vectors = [read_vector(row["embedding"]) for row in rows]
+        if len(vectors) != len(given):
+            raise UpstreamFailed(f"it gave {len(vectors)} embeddings of {len(given)} inputs")
+        return {"vectors": vectors, "tokens": used(reply)}
+
+    return "/embeddings", {"input": given, "encoding_format": "base64", **cut(limit)}, read
+
+
+def read_vector(said: Any) -> bytes:
+    """float32, little-endian; as numbers where the upstream does not know base64."""
+    if isinstance(said, list):
+        return struct.pack(f"<{len(said)}f", *said)
+    vector = base64.b64decode(said, validate=True)
+    if not vector or len(vector) % 4:
+        raise UpstreamFailed("its embedding is not a row of float32")
+    return vector
+
+
+def ask_score(queries: Sequence[str], documents: Sequence[str], limit: int | None = None, ranks: bool = False) -> Asked:
+    member, value = ("results", "relevance_score") if ranks else ("data", "score")
+
+    def read(reply: Any) -> dict[str, Any]:
+        scores = {int(row["index"]): float(row[value]) for row in reply[member]}
+        if sorted(scores) != list(range(len(documents))):
+            raise UpstreamFailed(f"it scored {len(scores)} texts of {len(documents)}")
+        return {"scores": [scores[i] for i in range(len(documents))], "tokens": used(reply)}
+
+    if ranks:
+        return "/rerank", {"query": queries[0], "documents": list(documents), **cut(limit)}, read
+    first = queries[0] if len(queries) == 1 else list(queries)
+    return "/score", {"text_1": first, "text_2": list(documents), **cut(limit)}, read
+
+
+def ask_tokenize(prompt: Prompt, add_special: bool, pieces: bool) -> Asked:
+    body: dict[str, Any] = {"add_special_tokens": add_special, "return_token_strs": pieces}
+    if prompt.messages is None:
+        body["prompt"] = prompt.text
+    else:
+        body |= {"messages": list(prompt.messages), "add_generation_prompt": prompt.generation_prompt}
+        body |= {"continue_final_message": True} if prompt.continue_final else {}
+        body |= {"chat_template_kwargs": prompt.template_kwargs} if prompt.template_kwargs else {}
+
+    def read(reply: Any) -> dict[str, Any]:
+        answer = {
+            "tokens": [int(i) for i in reply["tokens"]],
+            "count": int(reply["count"]),
+            "max_model_len": reply.get("max_model_len"),
+        }
+        return answer | ({"pieces": [str(piece).encode() for piece in reply["token_strs"]]} if pieces else {})
+
+    return "/tokenize", body, read
+
+
+def ask_detokenize(tokens: Sequence[int]) -> Asked:
+    return "/detokenize", {"tokens": list(tokens)}, lambda reply: str(reply["prompt"])
+
+
+def cut(limit: int | None) -> dict[str, int]:
+    return {} if limit is None else {"truncate_prompt_tokens": limit}
+
+
+def used(reply: Any) -> int:
+    usage = reply.get("usage") or {}
+    return int(usage.get("prompt_tokens") or usage.get("total_tokens") or 0)
+
+
+class Call(NamedTuple):
+    ask: Callable[..., Asked]
+    needs: str  # of FEATURES
+
+
+CALLS = {
+    "embed": Call(ask_embed, "embeddings"),
+    "score": Call(ask_score, "rerank"),
+    "tokenize": Call(ask_tokenize, "tokens"),
+    "detokenize": Call(ask_detokenize, "tokens"),
+}
 
 
 def for_vllm(s: Sampling) -> dict[str, Any]:
@@ -524,9 +646,10 @@ class Reply:
                 self.answer.end()
         except Exception as error:
             self.error = error
-        self.reply.close()
-        if not again:
-            self.connection.close()
+        with contextlib.suppress(OSError):
+            self.reply.close()
+            if not again:
+                self.connection.close()
         self.end(self.answer.job, self.error, self.connection if again else None)
 
 
@@ -544,10 +667,10 @@ class Reader:
 
     def add(self, reply: Reply) -> None:
         with self.lock:
-            self.new.append(reply)
             if not self.running:
                 threading.Thread(target=self.run, name="upstream-reader", daemon=True).start()
                 self.running = True
+            self.new.append(reply)
         with contextlib.suppress(BlockingIOError):  # it rings already
             self.ringer.send(b"!")
 
@@ -560,11 +683,16 @@ class Reader:
                     self.selector.unregister(key.fileobj)
                     key.data.finish()
             while self.new:
-                reply = self.new.popleft()
-                if reply.begin():
-                    self.selector.register(reply.socket, selectors.EVENT_READ, reply)
-                else:
-                    reply.finish()
+                self.begin(self.new.popleft())
+
+    def begin(self, reply: Reply) -> None:
+        try:
+            if reply.begin():
+                self.selector.register(reply.socket, selectors.EVENT_READ, reply)
+                return
+        except (OSError, ValueError) as error:  # no room for another
+            reply.error = error
+        reply.finish()
 
     def busy(self) -> bool:
         with self.lock:

@@ -180,7 +180,7 @@ def served(request, demo):
         if lack := missing_library("llamacpp"):
             pytest.skip(lack)
         with (
-            serve_one(demo, EngineSpec("llamacpp", str(demo.path), 8, 0, 16384)) as behind,
+            serve_one(demo, EngineSpec("llamacpp", str(demo.path), 8, 0, 16384, embeddings=True)) as behind,
             serve_upstream(behind.url) as front,
         ):
             front.behind = behind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import re
@@ -13,6 +12,7 @@ import jsonschema
 import pytest
 
 import constraints as c
+from grammar import MAX_RULES, MAX_TEXT
 
 SENTENCES = 30
 OBJ = {"type": "object"}
@@ -71,7 +71,7 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
     ("map", {"type": "object", "additionalProperties": {"type": "integer"}}, None),
     ("map with bounds", {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 1, "maxProperties": 3}, None),
     ("map of two at least", {"type": "object", "minProperties": 2}, "minProperties"),
-    ("counts beside properties", {"type": "object", "properties": {"a": {}}, "maxProperties": 3}, "maxProperties"),
+    ("counts beside properties", {"type": "object", "properties": {"a": {}}, "maxProperties": 3}, None),
     ("odd names", props(['q"uo', "back\\slash", "new\nline", "é世😀", "", "a.b/c~d"], **dict.fromkeys(['q"uo', "back\\slash", "new\nline", "é世😀", "", "a.b/c~d"], {"type": "null"})), None),
     ("items", {"type": "array", "items": {"type": "boolean"}}, None),
     ("items with bounds", {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 4}, None),
@@ -81,10 +81,10 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
     ("min over max", {"type": "array", "minItems": 3, "maxItems": 2}, "minItems"),
     ("tuple", {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}], "items": False}, None),
     ("open tuple", {"type": "array", "prefixItems": [{"type": "null"}], "minItems": 1, "maxItems": 1}, None),
-    ("long tuple", {"type": "array", "prefixItems": [{"type": "null"}], "minItems": 2}, "prefixItems"),
-    ("tuple with rest", {"type": "array", "prefixItems": [{}], "items": {"type": "null"}}, "items"),
+    ("long tuple", {"type": "array", "prefixItems": [{"type": "null"}], "minItems": 2}, None),
+    ("tuple with rest", {"type": "array", "prefixItems": [{}], "items": {"type": "null"}}, None),
     ("unique", {"type": "array", "uniqueItems": True}, "uniqueItems"),
-    ("contains", {"type": "array", "contains": {}}, "contains"),
+    ("contains", {"type": "array", "contains": {}}, None),
     ("enum", {"enum": ["red", "green", "blue"]}, None),
     ("enum of everything", {"enum": [1, 1.5, "a", None, True, False, [1, "x"], {"k": [], "é": "\"\\\n\x01"}]}, None),
     ("enum and type", {"type": "string", "enum": ["a", 1, None, "b"]}, None),
@@ -100,23 +100,24 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
     ("max length", {"type": "string", "maxLength": 5}, None),
     ("both lengths", {"type": "string", "minLength": 2, "maxLength": 4}, None),
     ("length nought", {"type": "string", "maxLength": 0}, None),
-    ("too long", {"type": "string", "maxLength": 100_000}, "maxLength"),
+    ("too long", {"type": "string", "maxLength": 100_000}, None),
     ("lengths crossed", {"type": "string", "minLength": 5, "maxLength": 4}, "minLength"),
     ("pattern", {"type": "string", "pattern": "^[A-Z]{2}-\\d{3,5}$"}, None),
     ("pattern anywhere", {"type": "string", "pattern": "b+c"}, None),
     ("pattern at the start", {"type": "string", "pattern": "^(foo|bar)"}, None),
     ("pattern by branch", {"type": "string", "pattern": "^a$|b$|^c"}, None),
     ("pattern with sets", {"type": "string", "pattern": r"^[^a-z\s]\W.\S[\w.-]+é?$"}, None),
-    ("pattern of quotes", {"type": "string", "pattern": '^"$'}, "character"),
-    ("pattern lookahead", {"type": "string", "pattern": "^(?=a)b"}, "lookaround"),
-    ("pattern and length", {"type": "string", "pattern": "a", "maxLength": 5}, "maxLength"),
+    ("pattern of quotes", {"type": "string", "pattern": '^"$'}, None),
+    ("pattern lookahead", {"type": "string", "pattern": "^(?=a)b"}, "pattern"),
+    ("pattern lookaheads", {"type": "string", "pattern": "^(?=.*[A-Z])(?=.*[0-9])(?!.*--)[A-Za-z0-9-]{4,}$"}, None),
+    ("pattern and length", {"type": "string", "pattern": "a", "maxLength": 5}, None),
     ("date", {"type": "string", "format": "date"}, None),
     ("time", {"type": "string", "format": "time"}, None),
     ("date-time", {"format": "date-time"}, None),
     ("uuid", {"type": "string", "format": "uuid"}, None),
     ("ipv4", {"type": "string", "format": "ipv4"}, None),
     ("email", {"type": "string", "format": "email"}, None),
-    ("hostname", {"type": "string", "format": "hostname"}, "format"),
+    ("hostname", {"type": "string", "format": "hostname"}, None),
     ("from nought", {"type": "integer", "minimum": 0}, None),
     ("below", {"type": "integer", "maximum": -7}, None),
     ("range", {"type": "integer", "minimum": -105, "maximum": 2374}, None),
@@ -124,7 +125,7 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
     ("exclusive", {"type": "integer", "exclusiveMinimum": 9, "exclusiveMaximum": 12}, None),
     ("fraction as bound", {"type": "integer", "minimum": 0.5, "maximum": 10.5}, None),
     ("no integer", {"type": "integer", "minimum": 5, "maximum": 4}, "minimum"),
-    ("far range", {"type": "integer", "minimum": 10**17}, "minimum"),
+    ("far range", {"type": "integer", "minimum": 10**17}, None),
     ("odd range", {"type": "integer", "minimum": 987, "maximum": 120345}, None),
     ("number range", {"type": "number", "minimum": -3, "maximum": 12}, None),
     ("number open", {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, None),
@@ -132,47 +133,46 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
     ("number above", {"type": "number", "minimum": 100}, None),
     ("number point", {"type": "number", "minimum": 4, "maximum": 4}, None),
     ("number nothing", {"type": "number", "minimum": 4, "exclusiveMaximum": 4}, "minimum"),
-    ("number fraction", {"type": "number", "minimum": 0.5}, "minimum"),
-    ("multipleOf", {"type": "number", "multipleOf": 0.01}, "multipleOf"),
+    ("number fraction", {"type": "number", "minimum": 0.5}, None),
+    ("multipleOf", {"type": "number", "multipleOf": 0.01}, None),
     ("multipleOf one", {"type": "integer", "multipleOf": 1, "minimum": 0}, None),
     ("inert keywords", {"type": "integer", "minLength": 3, "pattern": "x", "items": {"type": "null"}}, None),
     ("anyOf", {"anyOf": [{"type": "string", "maxLength": 4}, {"type": "null"}]}, None),
     ("anyOf beside type", {"type": "string", "anyOf": [{"maxLength": 4}, {"enum": ["longer than four"]}]}, None),
-    ("anyOf beside properties", {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {}]}, "properties"),
+    ("anyOf beside properties", {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {}]}, None),
     ("oneOf types", {"oneOf": [{"type": "string"}, {"type": "integer"}, OBJ]}, None),
     ("oneOf discriminated", {"oneOf": [CAT, DOG]}, None),
     ("oneOf referenced", {"oneOf": [{"$ref": "#/$defs/c"}, {"$ref": "#/$defs/d"}], "$defs": {"c": CAT, "d": DOG}}, None),
     ("oneOf constants", {"oneOf": [{"const": "a", "title": "A"}, {"const": "b"}, {"enum": [1, 2]}]}, None),
-    ("oneOf overlapping", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
-    ("oneOf vague", {"oneOf": [OBJ, {"properties": {"a": {}}}]}, "oneOf"),
+    ("oneOf overlapping", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, None),
+    ("oneOf vague", {"oneOf": [OBJ, {"properties": {"a": {}}}]}, None),
     ("allOf", {"allOf": [{"type": "boolean"}], "description": "d"}, None),
-    ("allOf two", {"allOf": [{"type": "integer"}, {"minimum": 3}]}, "allOf"),
-    ("not", {"not": {"type": "null"}}, "not"),
-    ("if", {"if": {}, "then": {}}, "if"),
-    ("nullable", {"type": "string", "nullable": True}, "nullable"),
-    ("patternProperties", {"type": "object", "patternProperties": {}}, "patternProperties"),
+    ("allOf two", {"allOf": [{"type": "integer"}, {"minimum": 3}]}, None),
+    ("not", {"not": {"type": "null"}}, None),
+    ("if", {"if": {}, "then": {}}, None),
+    ("nullable", {"type": "string", "nullable": True}, None),
+    ("patternProperties", {"type": "object", "patternProperties": {}}, None),
     ("ref", {"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}, "title": "t"}, None),
     ("ref to a name with a slash", {"$ref": "#/definitions/a~1b%20c", "definitions": {"a/b c": {"type": "null"}}}, None),
     ("ref elsewhere", {"$ref": "https://example.com/x"}, "$ref"),
     ("ref to nothing", {"$ref": "#/$defs/y", "$defs": {"x": {}}}, "$ref"),
-    ("ref beside type", {"$ref": "#/$defs/x", "type": "string", "$defs": {"x": {}}}, "type"),
+    ("ref beside type", {"$ref": "#/$defs/x", "type": "string", "$defs": {"x": {}}}, None),
     ("tree", TREE, None),
     ("linked", {"$ref": "#/$defs/n", **LINKED}, None),
     ("never ends", {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "never end"),
-    ("ref to itself", {"$ref": "#"}, "never end"),
+    ("ref to itself", {"$ref": "#"}, "repeats"),
     ("left recursion", {"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "repeats"),
-    ("two that never end", {"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/b"}, "minItems": 1}, "b": props(["a"], a={"$ref": "#/$defs/a"})}}, "never end"),
+    ("two that never end", {"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/b"}, "minItems": 1}, "b": props(["a"], a={"$ref": "#/$defs/a"})}}, None),
     ("deep", nested(20, "array"), None),
     ("deep objects", nested(20, "object"), None),
     ("too deep", nested(70, "object"), "nested"),
     ("tool call", props(["name", "arguments"], name={"enum": ["f", "g"]}, arguments=props(["city"], city={"type": "string"}, unit={"enum": ["C", "F"]})), None),
-    ("inner $id", props(a={"$id": "x", "type": "null"}), "$id"),
+    ("inner $id", props(a={"$id": "x", "type": "null"}), None),
     ("no type at all", {"type": []}, "type"),
     ("bad type", {"type": "text"}, "type"),
     ("bad value", {"type": "string", "minLength": "3"}, "minLength"),
-    ("boolean bound", {"type": "number", "minimum": 1, "exclusiveMinimum": True}, "exclusiveMinimum"),
-    ("too many optional", props(**{f"p{i}": {} for i in range(65)}), "optional"),
-    ("too many members", {"anyOf": [{"type": "string", "minLength": i} for i in range(101)]}, "anyOf"),
+    ("more optional", props(**{f"p{i}": {} for i in range(65)}), None),
+    ("many members", {"anyOf": [{"type": "string", "minLength": i} for i in range(101)]}, None),
     ("chunks", {"type": "array", "items": {"type": "string", "minLength": 33, "maxLength": 400}, "minItems": 40, "maxItems": 90}, None),
     ("many optional", props(**{f"field_{i}": {"type": "integer", "minimum": i} for i in range(60)}), None),
 ]  # fmt: skip
@@ -289,7 +289,7 @@ def write(item: Any, rules: dict[str, Any], cost: dict[str, int], rng: random.Ra
 
 
 def sentences(grammar: str, count: int = SENTENCES, seed: int = 1) -> list[str]:
-    rules, rng = read(grammar), random.Random(seed)
+    rules, rng = read(c.ebnf_grammar(grammar)), random.Random(seed)
     cost = costs(rules)
     return [write(("rule", "root"), rules, cost, rng) for _ in range(count)]
 
@@ -330,7 +330,9 @@ WRONG = [None, True, False, 0, 1, -1, 7, 1.0, 1.5, 12, 10**20, "", "a", "ab", "r
 @pytest.mark.parametrize("name,schema", GOOD, ids=[name for name, _ in GOOD])
 def test_violation_agrees(name: str, schema: Any) -> None:
     checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
-    for value in WRONG if "time" not in name else ():  # jsonschema checks no time without another package
+    for value in (
+        WRONG if "time" not in name and name != "hostname" else ()
+    ):  # jsonschema checks no time without another package
         assert (c.violation(schema, value) is None) == checker.is_valid(value), (value, c.violation(schema, value))
 
 
@@ -341,7 +343,7 @@ def test_violation_agrees(name: str, schema: Any) -> None:
         ("time", "00:00:00Z 23:59:59.123456+05:30", "24:00:00Z 12:00:00 12:60:00Z"),
         ("date-time", "2024-02-29T12:00:00Z", "2024-02-30T12:00:00Z 2024-02-29"),
         ("ipv4", "0.0.0.0 255.249.10.1", "256.1.1.1 1.1.1 01.1.1.1"),
-        ("email", "a.b@c.org x_1@mail.example.com", "a@b @c.org a..b@c.org a@-c.org"),
+        ("email", "a.b@c.org x_1@mail.example.com", "@c.org a..b@c.org a@-c.org a@b@c"),
         ("uuid", "123e4567-e89b-12d3-a456-426614174000", "123e4567e89b12d3a456426614174000"),
     ],
 )
@@ -412,8 +414,8 @@ def test_regex_sentences_match(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern,word",
-    [("(?=a)b", "lookaround"), ("(?<!a)b", "lookaround"), (r"(a)\1", "backreference"), (r"\bx", "word boundary"), ("(?i)x", "flag"), ("(?i:x)", "flag"),
-     ("a^b", "anchor"), ("(a$)b", "anchor"), ("x{2000}", "repetition"), ("(", "cannot be read"), ("[z-a]", "cannot be read"), ("a" * 1001, "characters"), ("(" * 400 + ")" * 400, "."),
+    [("(?:(?=a)b)*", "inside a repetition"), (r"(a)\1", "backreference"), (r"\bx", "word boundary"), ("(?m)x", "flag"), ("(?i:x)", "flag"),
+     ("a^b", "no text"), ("(a$)b", "no text"), ("(?=a)b", "no text"), ("x{200000}", "repetition"), ("(", "cannot be read"), ("[z-a]", "cannot be read"), ("a" * 4001, "characters"), ("(" * 400 + ")" * 400, "."),
      ("(a)(?(1)b|c)", "conditional"), ("[^\\s\\S]", "character"), ("\0", "character"), ("a{1,99999999999999}", ".")],
 )  # fmt: skip
 def test_regex_refused_by_name(pattern: str, word: str) -> None:
@@ -479,7 +481,7 @@ def test_hostile_schemas_are_quick(name: str) -> None:
     started = time.perf_counter()
     try:
         grammar = c.schema_grammar(HOSTILE[name])
-        assert len(grammar) <= c.MAX_TEXT and grammar.count("\n") <= c.MAX_RULES
+        assert len(grammar) <= MAX_TEXT and grammar.count("\n") <= MAX_RULES
         if not re.search("thousand|chain|repetitions", name):
             sentences(grammar, 2)
     except c.Unsupported as error:
@@ -501,8 +503,6 @@ def test_violation_never_hangs() -> None:
             c.violation(schema, 1)
     with pytest.raises(c.Unsupported):
         c.violation(doubling(40), 1)
-    with pytest.raises(c.Unsupported, match="nullable"):
-        c.violation({"nullable": True}, 1)
 
 
 OWN = [  # (grammar, texts that it makes, texts that it does not)
@@ -539,7 +539,7 @@ def test_own_grammars(text: str, good: list[str], bad: list[str]) -> None:
         ("root ::= []", "no character"),
         ('root ::= ("a"?){0,900} "b"', "empty"),
         ('root ::= x* "b"\nx ::= "a"?', "empty"),
-        ('root ::= "a"{5000}', "repetition"),
+        ('root ::= "a"{500000}', "repetition"),
         ('root ::= "a"{3,2}', "no number"),
         ('root ::= "\\q"', "escape"),
         ('root ::= "\\x00"', "character"),
@@ -550,25 +550,3 @@ def test_own_grammars(text: str, good: list[str], bad: list[str]) -> None:
 def test_own_grammars_refused(text: str, word: str) -> None:
     with pytest.raises(c.Unsupported, match=re.escape(word)):
         c.own_grammar(text)
-
-
-def test_the_estimate_itself_is_bounded(monkeypatch):
-    """Hundreds of classes, deep terms, long chains: the work is counted, and beyond a bound the grammar is refused."""
-    work, most = [], c.Places.most
-
-    def counted(self):
-        try:
-            return most(self)
-        finally:
-            work.append(self.work)
-
-    monkeypatch.setattr(c.Places, "most", counted)
-    classes = " | ".join("[" + "".join(chr(0x4E00 + 50 * i + 2 * j) for j in range(24)) + "]" for i in range(400))
-    for text in (
-        f"root ::= ( {classes} )+",
-        "root ::= " + "[a-z]{1,6} " * 300,
-        "root ::= " + "(" * 30 + "[a-z]" + "{1,6})" * 30,
-    ):
-        with contextlib.suppress(c.Unsupported):
-            c.own_grammar(text)
-    assert work and max(work) < 2 * c.Places.WORK

@@ -23,6 +23,8 @@ TITLES = {
     "/responses": "POST /v1/responses",
     "/messages": "POST /v1/messages",
     "/embeddings": "POST /v1/embeddings",
+    "/rerank": "POST /v1/rerank",
+    "/score": "POST /v1/score",
     "/tokenize": "POST /tokenize",
     "/detokenize": "POST /detokenize",
     "/apply-template": "POST /apply-template",

@@ -21,7 +21,19 @@ import backends
 import openai_api_endpoint as endpoint
 from backends import ExLlamaV3, lacks_cuda, lark_grammar, missing_library
 from catalog import UsageError, choose_backend, find_model
-from engine import Delta, Engine, EngineFailed, EngineLoop, EngineSpec, Prompt, Refused, Sampling, Started, backend_class
+from engine import (
+    Delta,
+    Engine,
+    EngineFailed,
+    EngineLoop,
+    EngineSpec,
+    Prompt,
+    Refused,
+    Sampling,
+    Started,
+    Tokens,
+    backend_class,
+)
 
 PINNED = ExLlamaV3.INSTALL.split()[-1]
 LACK = missing_library("transformers")  # the fake needs torch and llguidance
@@ -740,7 +752,7 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither(load, folder):
 
 def test_no_embeddings(loop):
     with pytest.raises(Refused, match="llamacpp and transformers have"):
-        loop.backend.embed([1])
+        loop.backend.embed([Tokens([1])])
 
 
 def test_close(loop, folder):

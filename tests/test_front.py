@@ -240,15 +240,15 @@ def test_the_sink_has_its_turn_while_the_handler_waits():
 def test_what_has_come_comes_first():
     job, sunk = Job(None, 0, 1, ""), []
     job.put(letter("a"))
-    get = job.events.get
+    get = job.queue.get
 
-    class Quick(type(job.events)):  # a producer that is faster than the handler
+    class Quick(type(job.queue)):  # a producer that is faster than the handler
         def get(self, timeout):
             job.put(letter("b"))
             return super().get()
 
-    job.events = Quick()
-    job.events.put(get())
+    job.queue = Quick()
+    job.queue.put(get())
     assert job.take(0, lambda e: e.finish is None and not sunk.append(e)) == [letter("a"), letter("b")]
     job = Job(None, 0, 1, "")
     assert job.take(0, lambda e: e.finish is None and not sunk.append(e)) == []

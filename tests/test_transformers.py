@@ -13,7 +13,7 @@ from conftest import serve_one
 import model_init
 from backends import ChatTemplate, Transformers, missing_library, own_sampling
 from constraints import own_grammar, schema_grammar
-from engine import EngineFailed, EngineSpec, Prompt, Refused, Sampling, encode
+from engine import EngineFailed, EngineSpec, Prompt, Refused, Sampling, Tokens, encode
 
 if lack := missing_library("transformers"):
     pytest.skip(lack, allow_module_level=True)
@@ -86,8 +86,11 @@ def test_a_model_without_sdpa_scores_prompts_too(tmp_path, folder):
     steps = [step for _ in range(8) for step in backend.step()]
     backend.cancel(seq)
     assert len(steps[0].scores) == 100 and all(-20 < score.logprob < 0 for score in steps[0].scores[1:])
-    (*_, vector) = backend.embed([*range(40, 140)])
-    assert math.isclose(sum(x * x for x in vector), 1, rel_tol=1e-5)
+    long, short = Tokens([*range(40, 140)]), Tokens([*range(50, 90)])
+    (*_, together), (*_, alone) = backend.embed([long, short]), backend.embed([short])
+    vectors = [memoryview(vector).cast("f").tolist() for vector in (*together, *alone)]
+    assert math.isclose(sum(x * x for x in vectors[0]), 1, rel_tol=1e-5)
+    assert vectors[1] == pytest.approx(vectors[2], abs=1e-5) and vectors[1] != pytest.approx(vectors[0], abs=1e-2)
     assert len(run(backend, ([50] * 70, sampling(9)))[0]) == 9
 
 

@@ -1,0 +1,598 @@
+"""One grammar text for every engine: how terms are written as rules, read back, and put into each engine's dialect.
+
+The text is a core that both dialects are made of. A line is a rule, ``name ::= body``; a body is of literals, positive character
+classes, names, groups, alternatives and repetitions of one atom; a rule may instead be ``a & b & ~c``, the texts that are in the
+first rules and not in those marked ``~`` (all of them regular). `root` is the whole. Texts are put together by `prefixed`.
+A name with t is a token: it leads to tokens only, and where it may begin, it is read as far as it goes. Others begin with r.
+
+Only what the dialects take alike is written: rule names of letters and digits, ``""`` for an empty alternative, the escapes
+``\\\\"``, ``\\\\\\\\``, ``\\\\uXXXX`` and ``\\\\UXXXXXXXX`` (``\\\\x`` takes two digits in one and any number in the other), positive classes (xgrammar
+cuts negative ones at U+007F). A grammar with a dead end ends llama.cpp's process, and is no constraint at all in xgrammar: what
+cannot end is taken out before a grammar is handed out, and an empty grammar is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+
+from regular import (
+    ALL,
+    EMPTY,
+    MAX_REPEAT,
+    NONE,
+    Automaton,
+    Ranges,
+    States,
+    Term,
+    Unsupported,
+    alt,
+    both,
+    common_ranges,
+    has,
+    lit,
+    ordered,
+    other,
+    rep,
+    seq,
+    without,
+    words,
+)
+
+MAX_RULES, MAX_TEXT, MAX_DEPTH = 20_000, 2_000_000, 64
+
+
+# ---- writing
+
+
+_ESCAPED = re.compile(r'["\\\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]')
+
+
+def _quoted(text: str) -> str:
+    return '"' + _ESCAPED.sub(lambda m: "\\" + m[0] if m[0] in '"\\' else f"\\u{ord(m[0]):04X}", text) + '"'
+
+
+def _class_char(code: int) -> str:
+    if chr(code).isascii() and chr(code).isalnum():
+        return chr(code)
+    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+
+
+@lru_cache(maxsize=512)
+def _class(ranges: Ranges) -> str:
+    return "[" + "".join(_class_char(a) + ("-" + _class_char(b) if b > a else "") for a, b in ranges) + "]"
+
+
+def _suffix(low: int, high: int | None) -> str:
+    marks = {(0, 1): "?", (0, None): "*", (1, None): "+"}
+    return marks.get((low, high)) or (f"{{{low}}}" if low == high else f"{{{low},{'' if high is None else high}}}")
+
+
+class Grammar:
+    """Named rules, written out from the root on: what the root does not reach is left out."""
+
+    def __init__(self) -> None:
+        self.rules: dict[str, Term] = {}
+        self.names: dict[Term, Term] = {}  # the reference of each term that has a rule
+        self.todo: deque[str] = deque()
+        self.seen: set[str] = set()
+
+    def name(self, term: Term | None = None) -> str:
+        """A fresh rule: a token where its term is whole and leads to no other, else to be filled in."""
+        if len(self.rules) >= MAX_RULES:
+            raise Unsupported(f"a grammar of more than {MAX_RULES} rules is not supported")
+        fresh = f"{'r' if term is None or self.structured(term) else 't'}{len(self.rules)}"
+        term = term or EMPTY
+        self.rules[fresh] = term
+        return fresh
+
+    def share(self, term: Term) -> Term:
+        """The term itself when it is short, else a reference to a rule of it (the same rule for the same term)."""
+        if term.op in ("lit", "ref") or term is NONE or (term.op == "set" and _inline(term)):
+            return term
+        return self.rule(term)
+
+    def rule(self, term: Term) -> Term:
+        if term.op == "ref":
+            return term
+        if term not in self.names:
+            self.names[term] = Term("ref", self.name(self.spelled(term)))
+        return self.names[term]
+
+    def structured(self, term: Term) -> bool:
+        if term.op == "ref":
+            return term.text[0] == "r"
+        return any(map(self.structured, term.parts))
+
+    def spelled(self, term: Term) -> Term:
+        """Remainders have no notation: what they are part of is written as its states, one rule each."""
+        return self.states(States(term)) if term.op == "and" and has(term, "mod") else term
+
+    def states(self, made: States) -> Term:
+        """A deterministic automaton as rules, one for each state that more than one way leads to."""
+        ways = [0] * len(made.ends)
+        for state, row in enumerate(made.moves):
+            for after in row:
+                ways[after] += after != state
+        refs = {state: Term("ref", self.name()) for state, count in enumerate(ways) if count != 1 or not state}
+        bodies: dict[int, Term] = {}
+        todo = [(state, False) for state in refs]
+        while todo:  # depth first, without recursion: a chain of states may be long
+            state, ready = todo.pop()
+            row = made.moves[state]
+            if not ready:
+                todo.append((state, True))
+                todo += [(after, False) for after in row if after != state and after not in refs]
+                continue
+            tails = {after: refs.get(after) or bodies[after] for after in row if after != state}
+            body = alt(
+                [
+                    *(seq(Term("set", ranges=row[after]), tail) for after, tail in tails.items()),
+                    *([EMPTY] if made.ends[state] else []),
+                ]
+            )
+            body = seq(rep(Term("set", ranges=row[state]), 0, None), body) if state in row else body
+            bodies[state] = self.share(body) if len(row) > 8 else body
+        for state, ref in refs.items():
+            self.rules[ref.text] = bodies[state]
+        return refs[0]
+
+    def text(self, root: Term) -> str:
+        """The grammar's text; rules that can never end are left out of it."""
+        self._prune(root)
+        if root.op == "ref":
+            root = self.rules[root.text]
+        if root is NONE:
+            raise Unsupported("a grammar that can never end is not supported")
+        lines, size = [], 0
+        self.rules["root"] = root
+        self.todo.append("root")
+        self.seen.add("root")
+        while self.todo:
+            name = self.todo.popleft()
+            lines.append(f"{name} ::= {self._body(self.rules[name])}\n")
+            size += len(lines[-1])
+            if size > MAX_TEXT or len(lines) > MAX_RULES:
+                raise Unsupported(f"a grammar over {MAX_RULES} rules or {MAX_TEXT} characters is not supported")
+        return "".join(lines)
+
+    def _refer(self, term: Term) -> str:
+        name = self.rule(term).text
+        if name not in self.seen:
+            self.seen.add(name)
+            self.todo.append(name)
+        return name
+
+    def _body(self, term: Term) -> str:
+        if term.op == "set":
+            return _class(term.ranges)
+        if term.op == "and":
+            return " & ".join(
+                "~" + self._refer(part.parts[0]) if part.op == "not" else self._refer(part) for part in term.parts
+            )
+        return self._write(term)
+
+    def _write(self, term: Term, inside: str = "") -> str:
+        if term.op == "lit":
+            return _quoted(term.text)
+        if term.op == "set" and _inline(term):
+            return _class(term.ranges)
+        if term.op in ("set", "ref", "and"):
+            return self._refer(term)
+        if term.op == "rep":
+            if max(term.low, term.high or 0) > MAX_REPEAT:
+                raise Unsupported(f"a repetition over {MAX_REPEAT} is not supported")
+            return self._write(self.share(term.parts[0])) + _suffix(term.low, term.high)
+        text = (" " if term.op == "seq" else " | ").join(self._write(part, term.op) for part in term.parts)
+        return f"({text})" if term.op == "alt" and inside else text
+
+    def _prune(self, root: Term) -> None:
+        """Take out what can never end, so that no rule is a dead end."""
+        good = settle(self.rules, _ends)
+        if len(good) == len(self.rules):
+            return
+
+        def kept(name: str) -> Term:
+            return Term("ref", name) if name in good else NONE
+
+        for name in self.rules:
+            self.rules[name] = _mapped(self.rules[name], kept) if name in good else NONE
+        if root.op != "ref" or root.text not in good:
+            raise Unsupported("a grammar that can never end is not supported")
+
+
+def _inline(term: Term) -> bool:
+    """xgrammar lets wrong bytes through where two classes beyond ASCII stand side by side, but not where they are rules."""
+    return term.ranges[-1][1] < 128
+
+
+def settle(rules: dict[str, Term], test: Callable[[Term, set[str]], bool]) -> set[str]:
+    """The rules that pass the test, given that those found before pass it."""
+    users: dict[str, list[str]] = {}
+    for name, term in rules.items():
+        for used in _used(term):
+            users.setdefault(used, []).append(name)
+    done: set[str] = set()
+    todo = deque(rules)
+    while todo:
+        name = todo.popleft()
+        if name not in done and test(rules[name], done):
+            done.add(name)
+            todo += [user for user in users.get(name, ()) if user not in done]
+    return done
+
+
+def _used(term: Term) -> set[str]:
+    found, stack = set(), [term]
+    while stack:
+        one = stack.pop()
+        stack += one.parts
+        if one.op == "ref":
+            found.add(one.text)
+    return found
+
+
+def _ends(term: Term, done: set[str]) -> bool:
+    if term.op == "ref":
+        return term.text in done
+    if term.op == "rep":
+        return term.low == 0 or _ends(term.parts[0], done)
+    if term.op in ("alt", "seq"):
+        return (any if term.op == "alt" else all)(_ends(part, done) for part in term.parts)
+    return True  # an 'and' is known to hold a text before it is made
+
+
+def _mapped(term: Term, refs: Callable[[str], Term]) -> Term:
+    """The term with other references."""
+    if term.op == "ref":
+        return refs(term.text)
+    if not term.parts or term.op in ("and", "not"):
+        return term
+    parts = [_mapped(part, refs) for part in term.parts]
+    return seq(*parts) if term.op == "seq" else alt(parts) if term.op == "alt" else rep(parts[0], term.low, term.high)
+
+
+# ---- text as a JSON string holds it: one spelling for each text, so that what is apart stays apart
+
+
+_SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
+_PLAIN: Ranges = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, 0x10FFFF))
+
+
+def _json_set(ranges: Ranges) -> Term:
+    plain = common_ranges(ranges, _PLAIN)
+    marked = [code for a, b in common_ranges(ranges, ((1, 0x22), (0x5C, 0x5C))) for code in range(a, b + 1)]
+    short = ordered((ord(_SHORT[code]),) * 2 for code in marked if code in _SHORT)
+    parts = [Term("set", ranges=plain)] if plain else []
+    parts += [seq(lit("\\"), Term("set", ranges=short))] if short else []
+    for high in (0, 1):
+        digits = ordered((ord(f"{code & 15:x}"),) * 2 for code in marked if code >> 4 == high and code not in _SHORT)
+        parts += [seq(lit(f"\\u00{high}0"[:-1]), Term("set", ranges=digits))] if digits else []
+    return alt(parts)
+
+
+@lru_cache(maxsize=4096)
+def in_json(term: Term) -> Term:
+    """The term's texts as JSON writes them, without the quotes."""
+    if term.op == "lit":
+        return lit(json.dumps(term.text, ensure_ascii=False)[1:-1])
+    if term.op == "set":
+        return _json_set(term.ranges)
+    if term.op == "seq":
+        return seq(*map(in_json, term.parts))
+    if term.op == "alt":
+        return alt(map(in_json, term.parts))
+    if term.op == "rep":
+        return rep(in_json(term.parts[0]), term.low, term.high)
+    return Term(term.op, parts=tuple(map(in_json, term.parts)))
+
+
+def quoted(term: Term) -> Term:
+    return seq(lit('"'), in_json(term), lit('"'))
+
+
+# ---- grammars in the client's own words, and the core's own lines
+
+
+_TOKEN = re.compile(
+    r'''(?P<rule>[A-Za-z][A-Za-z0-9_-]*)(?=\s*::=)|(?P<is>::=)|(?P<ref>[A-Za-z][A-Za-z0-9_-]*)|"(?P<lit>(?:[^"\\\n]|\\.)*)"'''
+    r"""|\[(?P<set>\^?(?:[^\]\\\n]|\\.)*)\]|(?P<dot>\.)|(?P<suffix>[?*+]|\{\s*\d{1,6}\s*(?:,\s*(?:\d{1,6})?\s*)?\})|(?P<mark>[()|])"""
+    r"""|(?P<core>[&~])"""
+)
+_SKIP = re.compile(r"(?:\s|#[^\n]*)*")
+_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.S)
+_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", **{c: c for c in '"\\[]^-/'}}
+
+
+class Gbnf:
+    """A reader of llama.cpp's GBNF (grammars/README.md of that project), so that a client's grammar is proved and written anew.
+
+    An engine must not see it as it came: a dead end ends llama.cpp's process, and a mistake OpenVINO's pipeline. `core` reads this
+    module's own text, with its & and ~.
+    """
+
+    def __init__(self, text: str, core: bool = False) -> None:
+        self.tokens: list[tuple[str, str]] = []
+        at = _SKIP.match(text).end()  # type: ignore[union-attr]
+        while at < len(text):
+            found = _TOKEN.match(text, at)
+            if not found or (found["core"] and not core):
+                raise Unsupported(f"the grammar cannot be read at {text[at : at + 30]!r}")
+            kind = found.lastgroup or ""
+            self.tokens.append((kind, found[kind]))
+            at = _SKIP.match(text, found.end()).end()  # type: ignore[union-attr]
+        self.tokens.reverse()  # the next one is the last: pop() is cheap
+        self.grammar = Grammar()
+        self.names: dict[str, str] = {}
+        self.defined: set[str] = set()
+
+    def read(self) -> Term:
+        """All rules into `grammar`; the root's reference."""
+        while self.tokens:
+            kind, name = self.tokens.pop()
+            if kind != "rule" or name in self.defined:
+                raise Unsupported(
+                    f"the grammar {'defines' if kind == 'rule' else 'has no rule around'} {name!r}{' twice' * (kind == 'rule')}"
+                )
+            self.tokens.pop()
+            self.defined.add(name)
+            self.grammar.rules[self.ref(name).text] = self.alternatives(0)
+        missing = next((name for name in ("root", *self.names) if name not in self.defined), None)
+        if missing:
+            raise Unsupported(f"the grammar does not define the rule {missing!r}")
+        return Term("ref", self.names["root"])
+
+    def text(self) -> str:
+        root = self.read()
+        self._prove()
+        self.check_repetitions()
+        rules = self.grammar.rules
+        flat = settle(rules, _leads_to)
+        self.grammar = Grammar()
+        self.grammar.rules = {
+            self.named(name, flat): _mapped(term, lambda name: Term("ref", self.named(name, flat)))
+            for name, term in rules.items()
+        }
+        return self.grammar.text(Term("ref", self.named(root.text, flat)))
+
+    @staticmethod
+    def named(name: str, flat: set[str]) -> str:
+        """What leads to no recursion is a token."""
+        return "t" + name[1:] if name in flat else name
+
+    def _prove(self) -> None:
+        said = {name: text for text, name in self.names.items()}
+        for test, fault in ((_ends, "can never end"), (_reads, "reads nothing before it repeats")):
+            stuck = self.grammar.rules.keys() - settle(self.grammar.rules, test)
+            if stuck:
+                where = next((said[name] for name in sorted(stuck) if name in said), "root")
+                raise Unsupported(f"the recursion of the rule {where!r} {fault}, which is not supported")
+
+    def ref(self, name: str) -> Term:
+        if name not in self.names:
+            self.names[name] = self.grammar.name()
+        return Term("ref", self.names[name])
+
+    def next(self) -> str:
+        return self.tokens[-1][0] if self.tokens else ""
+
+    def alternatives(self, depth: int) -> Term:
+        if depth > MAX_DEPTH:
+            raise Unsupported(f"a grammar nested deeper than {MAX_DEPTH} is not supported")
+        branches = [self.sequence(depth)]
+        while self.tokens and self.tokens[-1] in (("mark", "|"), ("core", "&")):
+            joint = self.tokens.pop()[1]
+            negated = bool(self.tokens) and self.tokens[-1] == ("core", "~") and bool(self.tokens.pop())
+            term = self.sequence(depth)
+            branches[-1:] = [both(branches[-1], other(term) if negated else term)] if joint == "&" else [branches[-1], term]
+        return alt(branches)
+
+    def sequence(self, depth: int) -> Term:
+        parts = []
+        while self.next() in ("ref", "lit", "set", "dot") or self.tokens[-1:] == [("mark", "(")]:
+            term = self.atom(depth)
+            while self.next() == "suffix":
+                low, high = self.bounds(self.tokens.pop()[1])
+                if max(low, high or 0) > MAX_REPEAT:
+                    raise Unsupported(f"a repetition over {MAX_REPEAT} in the grammar is not supported")
+                term = rep(self.grammar.share(term), low, high)
+            parts.append(term)
+        return seq(*parts)
+
+    def atom(self, depth: int) -> Term:
+        kind, text = self.tokens.pop()
+        if kind == "ref":
+            return self.ref(text)
+        if kind == "lit":
+            return lit("".join(chr(code) for code in self.codes(text)))
+        if kind == "dot":
+            return Term("set", ranges=ALL)
+        if kind == "set":
+            return self.members(text)
+        inner = self.alternatives(depth + 1)
+        if self.tokens[-1:] != [("mark", ")")]:
+            raise Unsupported("the grammar has a '(' without its ')'")
+        self.tokens.pop()
+        return inner
+
+    @staticmethod
+    def bounds(suffix: str) -> tuple[int, int | None]:
+        if suffix in "?*+":
+            return {"?": (0, 1), "*": (0, None), "+": (1, None)}[suffix]
+        low, comma, high = suffix.strip("{}").replace(" ", "").partition(",")
+        bounds = int(low), (int(high) if high else None) if comma else int(low)
+        if bounds[1] is not None and bounds[1] < bounds[0]:
+            raise Unsupported(f"the grammar's repetition {suffix} has no number in it")
+        return bounds
+
+    @staticmethod
+    def codes(text: str) -> list[int]:
+        def plain(found: re.Match[str]) -> str:
+            digits = found[1] or found[2] or found[3]
+            if digits:
+                code = int(digits, 16)
+                if code == 0 or code > 0x10FFFF or 0xD800 <= code < 0xE000:
+                    raise Unsupported(f"the character {found[0]} of the grammar is not supported")
+                return chr(code)
+            if found[4] not in _NAMED_ESCAPES:
+                raise Unsupported(f"the escape {found[0]} of the grammar is not supported")
+            return _NAMED_ESCAPES[found[4]]
+
+        return [ord(char) for char in _ESCAPE.sub(plain, text)]
+
+    def members(self, text: str) -> Term:
+        negated = text.startswith("^")
+        pieces = _ESCAPE.split(text[negated:])  # text, then the four groups of an escape, and so on
+        codes: list[tuple[int, bool]] = [(ord(char), char == "-") for char in pieces[0]]
+        for i in range(1, len(pieces), 5):
+            x, u, long, char = pieces[i : i + 4]
+            escape = f"\\x{x}" if x else f"\\u{u}" if u else f"\\U{long}" if long else f"\\{char}"
+            codes += [(self.codes(escape)[0], False), *((ord(char), char == "-") for char in pieces[i + 4])]
+        ranges, at = [], 0
+        while at < len(codes):
+            if at + 2 < len(codes) and codes[at + 1][1]:
+                ranges.append((codes[at][0], codes[at + 2][0]))
+                at += 3
+            else:
+                ranges.append((codes[at][0], codes[at][0]))
+                at += 1
+        found = common_ranges(without(ranges) if negated else ordered(r for r in ranges if r[0] <= r[1]), ALL)
+        if not found or any(a > b for a, b in ranges):
+            raise Unsupported(f"the class [{text[:40]}] of the grammar holds no character")
+        return Term("set", ranges=found)
+
+    def check_repetitions(self) -> None:
+        """Engines hang on some repetitions of what may be empty."""
+        empty = settle(self.grammar.rules, _may_be_empty)
+        stack = list(self.grammar.rules.values())
+        while stack:
+            term = stack.pop()
+            if term.op == "rep" and (term.high is None or term.high > 1) and _may_be_empty(term.parts[0], empty):
+                raise Unsupported("the grammar repeats something that may be empty, which is not supported")
+            stack += term.parts
+
+
+def _reads(term: Term, done: set[str]) -> bool:
+    if term.op == "ref":
+        return term.text in done
+    return all(_reads(part, done) for part in (term.parts if term.op == "alt" else term.parts[:1]))
+
+
+def _leads_to(term: Term, done: set[str]) -> bool:
+    return term.text in done if term.op == "ref" else all(_leads_to(part, done) for part in term.parts)
+
+
+def _may_be_empty(term: Term, empty: set[str]) -> bool:
+    if term.op == "ref":
+        return term.text in empty
+    if term.op == "rep":
+        return term.low == 0 or _may_be_empty(term.parts[0], empty)
+    if term.op in ("seq", "alt"):
+        return (any if term.op == "alt" else all)(_may_be_empty(part, empty) for part in term.parts)
+    return term == EMPTY
+
+
+def own_grammar(text: str) -> str:
+    """A client's GBNF, proved and written anew. Raises Unsupported with what is wrong with it."""
+    return Gbnf(text).text()
+
+
+# ---- dialects
+
+
+_CORE_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b([A-Za-z]\w*)')
+
+
+def prefixed(text: str, prefix: str) -> str:
+    """The same grammar with other names, `root` is `r{prefix}root`: to put several into one text."""
+
+    def fresh(name: str) -> str:
+        return f"r{prefix}root" if name == "root" else name[0] + prefix + name[1:]
+
+    return _CORE_TOKEN.sub(lambda m: fresh(m[4]) if m[4] else m[0], text)
+
+
+def lark_grammar(text: str) -> str:
+    """The core in llguidance's dialect of Lark (its own converter from GBNF breaks escapes).
+
+    Its lexer takes the longest token and never goes back: what may begin alike must be a token as a whole, or of single characters.
+    """
+    rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
+    tokens = {name for name in rules if name[0] == "t"}
+    if not any(m[4] and m[4] not in tokens for m in _CORE_TOKEN.finditer(rules["root"])):
+        tokens.add("root")
+
+    def convert(m: re.Match[str]) -> str:
+        if m[4]:
+            return m[4].upper() if m[4] in tokens else m[4]
+        return m[1] or (f"/{m[2]}/" if m[2] else f"{{{m[3]},{m[3]}}}")
+
+    lines = [_CORE_TOKEN.sub(convert, f"{name}: {body}") for name, body in rules.items()]
+    return "\n".join([f"start: {'ROOT' if 'root' in tokens else 'root'}", *lines])
+
+
+def ebnf_grammar(text: str) -> str:
+    """The core in the EBNF of xgrammar and llama.cpp, which know neither & nor ~: those rules become their automaton's states.
+
+    Both walk all ways to read a text at once, for every token of the vocabulary: at thousands of places one token takes seconds, and
+    everyone waits. What is so ambiguous is made deterministic too, or refused where it recurs or would be too large.
+    """
+    reader = Gbnf(text, core=True)
+    root = reader.read()
+    rules = reader.grammar.rules
+    named = {fresh: name for name, fresh in reader.names.items()}
+    flat = settle(rules, _leads_to)
+    for name, term in list(rules.items()):
+        plain = named.get(name, "r")[0] == "t" or (name == root.text and name in flat)
+        if term.op == "and":
+            rules[name] = reader.grammar.states(_few_states(term, rules))
+        elif plain and _repeats_twice(term, rules) and Automaton(rules=rules).widest(term) > MAX_PLACES:
+            rules[name] = reader.grammar.states(States(term, rules))
+    if root.text not in flat and Automaton(rules=rules).widest(root) > MAX_PLACES:
+        raise Unsupported("text that may be read in so many ways at once is not supported")
+    return reader.grammar.text(root)
+
+
+MAX_PLACES, MAX_MASKS = 150, 24
+
+
+def _few_states(term: Term, rules: dict[str, Term]) -> States:
+    """The states of an &. xgrammar works out the vocabulary for each, so of many words to be kept apart, what begins alike goes too."""
+    made = States(term, rules)
+    for length in (3, 2, 1):
+        if len(made.ends) > MAX_MASKS:
+            parts = [_begun(part, rules, length) if part.op == "not" else part for part in term.parts]
+            shorter = both(*parts)
+            if shorter.op == "and" and not Automaton(rules=rules).nothing(shorter):
+                made = States(shorter, rules)
+    return made
+
+
+def _begun(part: Term, rules: dict[str, Term], length: int) -> Term:
+    """~words, with all texts that begin as one of them does; another complement as it is."""
+    automaton = Automaton(rules=rules)
+    now = {"": automaton.start(part.parts[0])}
+    found: list[Term] = []
+    for _ in range(length):
+        found += [lit(text) for text, state in now.items() if 0 in state]
+        moves = [(text, move) for text, state in now.items() for move in automaton.moves(state)]
+        if len(moves) > 5_000 or any(a != b for _, (a, b, _) in moves):
+            return part
+        now = {text + chr(a): after for text, (a, _, after) in moves}
+    return other(alt([*found, seq(words(now), rep(Term("set", ranges=ALL), 0, None))])) if now else part
+
+
+def _repeats_twice(term: Term, rules: dict[str, Term]) -> bool:
+    """Whether one repetition stands in another, or two in a row: only these may be read in many ways."""
+    count = 0
+    stack = [(term, 0)]
+    while stack and count < 2:
+        one, depth = stack.pop()
+        if one.op == "ref" and depth < 50:
+            stack.append((rules[one.text], depth + 1))
+        count += one.op == "rep"
+        stack += [(part, depth) for part in one.parts]
+    return count > 1
