@@ -16,7 +16,8 @@ from typing import Any
 from constraints import Unsupported
 from engine import Prompt, Refused, Sampling, one_line
 from tool_grammar import after_reasoning, calls_grammar, written
-from tool_parser import KNOWN, THINKING, Chat, Parser, Syntax
+from tool_parser import Chat, Parser
+from tool_syntax import KNOWN, THINKING, Syntax
 
 
 class ChatTemplate:

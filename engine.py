@@ -38,7 +38,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from tool_parser import Chat, Parser, Part
+from tool_parser import Chat, Parser
+from tool_values import Part
 
 log = logging.getLogger("openai_api_endpoint")
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from constraints import Unsupported, regex_grammar, schema_grammar
-from tool_parser import Syntax, kinds_of
+from tool_syntax import Syntax
+from tool_values import kinds_of
 
 TOKEN = re.compile(r'("(?:\\.|[^"\\])*")|(\[(?:\\.|[^\]\\])*\])|\b([A-Za-z]\w*)\b', re.S)
 FORMS = ("json", "named", "tagged", "pythonic", "functionary")  # that a grammar is written for; others are forced as bare JSON
