@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tool_syntax import CHANNEL_MARKS, Syntax
+from tool_syntax import CHANNEL_FRAMES, CHANNEL_MARKS, Syntax
 from tool_values import KEYS, NAME, Fences, Leaves, Part, Steps, Stops, escaped, stops
 
 
@@ -30,10 +30,12 @@ class Chat:
     grammar: str | None = None  # that the completion must follow, once its reasoning has ended
     whole_grammar: str | None = None  # the same with free reasoning in front; None: there is none
     optional: bool = False  # the grammar is dropped where the engine cannot see the marks as text
-    later: bool = False  # the engine cannot see the marks as text: `grammar` begins where reasoning ends
+    later: bool = False  # the engine's grammars cannot see the marks as text: `grammar` begins where reasoning ends
 
     @property
     def think_end(self) -> str:
+        if self.syntax and self.syntax.form == "channels":
+            return "".join(CHANNEL_FRAMES[self.syntax.name][1:3])
         return self.syntax.think[1] if self.syntax else ""
 
     @property

@@ -52,6 +52,15 @@ CHANNEL_MARKS = {
     "harmony": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"),
     "muse": ("<|start|>", "<|message|>", "<|eom|>", "<|eot|>"),
 }
+CHANNEL_FRAMES = {  # what begins reasoning, what ends it, what begins content, and a call up to its name and from there on
+    "harmony": (
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant",
+        "<|channel|>final<|message|>",
+        (" to=functions.", "<|channel|>commentary json<|message|>"),
+    ),
+    "muse": (" to=self<|message|>", "<|eom|><|start|>assistant", " to=user<|message|>", None),
+}
 PYTHON_TAG = "<|python_tag|>"
 
 
