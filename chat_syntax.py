@@ -530,7 +530,8 @@ class Probe:
     def drops(self, think: tuple[str, str]) -> tuple[str, ...]:
         """Marks that stand around content."""
         source = self.template.source or ""
-        found = [mark for mark in ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]") if mark in source and mark not in think]
+        found = [mark for mark in CONTENT_MARKS if mark in source and mark not in think]
+        found += ["<response>", "</response>"] if "response between <response>" in source else []
         plain, _, footer = self.said(ANSWER).partition(ANSWER)
         own = plain[len(self.header(self.prompt[len(os.path.commonprefix([self.prompt, self.base])) :], think)) :]
         own = own[own.rfind(think[1]) + len(think[1]) :] if think[1] in own else own
@@ -657,6 +658,7 @@ class Probe:
         return [p.text for p in pieces if p.kind == "call"] == [NAME_A] and as_json(read) == arguments
 
 
+CONTENT_MARKS = ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
 HAND_WRITTEN = frozenset(("functionary", "gemma", "kimi-k3", "lfm2", "minimax-m3", "pythonic", "solar"))
 
 

@@ -209,7 +209,8 @@ class Calls(Fences):
             yield from self.space()
             head, wild, tail = syntax.middle.strip().partition("\0")
             ahead = yield from self.peek()
-            if ahead != "{" or head.startswith("{"):
+            short = ahead == "{" or (wild and (yield from self.take((tail,))))  # some leave out the id, some all of it
+            if not short:
                 yield from self.expect(head + wild + tail)
         yield from self.space()
         if syntax.form == "named":
@@ -223,6 +224,8 @@ class Calls(Fences):
 
     def python_call(self) -> Steps:
         name = yield from self.match(NAME)
+        if name not in self.tools:
+            name = name.removesuffix(".call")  # Llama's word for tools of its own
         if name not in self.tools:
             raise Leaves
         yield from self.expect("(")

@@ -70,7 +70,7 @@ def called(engine, name, seed):
     """(calls, finish reason), of a reply or, for every other seed, of a stream."""
     body = {
         "messages": [{"role": "user", "content": "What is the weather in Paris, and what is 2 plus 3?"}],
-        "tools": TOOLS, "max_tokens": 120, "temperature": 1.0, "seed": seed, **CASES[name],
+        "tools": TOOLS, "max_tokens": 100, "temperature": 1.0, "seed": seed, **CASES[name],
     }  # fmt: skip
     if seed % 2:
         status, raw, _ = engine.request("POST", "/v1/chat/completions", body | {"stream": True}, timeout=500)
@@ -112,7 +112,7 @@ def test_auto_is_told_as_it_is(engine):
 def test_a_loop(engine):
     """The call, its result, and the answer: the history goes back as it came."""
     messages = [{"role": "user", "content": "What is 2 plus 3?"}]
-    body = {"messages": messages, "tools": TOOLS, "max_tokens": 120, "temperature": 0}
+    body = {"messages": messages, "tools": TOOLS, "max_tokens": 100, "temperature": 0}
     _, reply, _ = engine.request("POST", "/v1/chat/completions", body | {"tool_choice": CASES["named"]["tool_choice"]})
     message = reply["choices"][0]["message"]
     messages += [message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "5"}]
