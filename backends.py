@@ -160,6 +160,7 @@ class OpenVino(OpenVinoModel):
 
     LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores"})
     SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
+    SPECIAL_IN_GRAMMAR: ClassVar = False
     BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
@@ -959,6 +960,7 @@ class Transformers(HfModel):
     INSTALL: ClassVar = "torch==2.13.0 transformers==5.23.0 llguidance==1.9.1"
     LACKS: ClassVar = frozenset[str]()
     SPECULATES: ClassVar = frozenset[str]()
+    SPECIAL_IN_GRAMMAR: ClassVar = False
     PAGE = 32  # tokens; prefixes are reused by whole pages
     BATCH = 256  # tokens per step
     BATCH_SCORED = 64  # … of a prompt whose every token needs its logits
@@ -1237,6 +1239,7 @@ class ExLlamaV3(HfModel):
     INSTALL: ClassVar = "torch==2.13.0 exllamav3==1.6.5"
     LACKS: ClassVar = frozenset({"scores", "embeddings", "rerank", "prompts"})
     SPECULATES: ClassVar = frozenset({"draft", "ngram"})
+    SPECIAL_IN_GRAMMAR: ClassVar = False
     PAGE = 256  # tokens
     RESERVE = 2048  # tokens of KV cache that a sequence reserves ahead; without it max_tokens, and few would fit
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from constraints import Unsupported
-from engine import Prompt, Refused, Sampling, one_line
-from tool_grammar import after_reasoning, calls_grammar, written
-from tool_parser import KNOWN, THINKING, Chat, Parser, Syntax
+from engine import Prompt, Refused, Sampling, log, one_line
+from tool_grammar import after_reasoning, behind, calls_grammar, written
+from tool_parser import Chat, Parser
+from tool_syntax import CHANNEL_FRAMES, KNOWN, THINKING, Syntax
 
 
 class ChatTemplate:
@@ -71,7 +72,11 @@ class ChatTemplate:
         """How this template writes calls and reasoning. Found at the first look: some thirty short renderings."""
         if self.template is None:
             return Syntax()
-        found = Probe(self).syntax()
+        try:
+            found = Probe(self).syntax()
+        except Exception:  # a template that nobody has thought of: its model still serves
+            log.exception("the chat template's syntax cannot be found out")
+            found = Syntax()
         if not self.tool_syntax:
             return found
         known = KNOWN[self.tool_syntax]
@@ -146,6 +151,9 @@ class ChatTemplate:
         inside = self.inside(prompt, text)
         if inside and (sampling.thinking_budget == 0 or prompt.lenient and prompt.effort == "none"):
             text, inside = f"{text}{syntax.think[1]}\n\n", False
+        whole, grammar = self.with_reasoning(
+            grammar, sampling.grammar is not None, neutral, inside, self.may_think(prompt, text)
+        )
         parsed = bool(tools or syntax.think[1] or syntax.form in ("channels", "functionary"))
         return Chat(
             text,
@@ -154,11 +162,26 @@ class ChatTemplate:
             inside,
             neutral,
             grammar,
-            after_reasoning(grammar, *syntax.think, inside)
-            if grammar and syntax.think[1] and (inside or self.may_think(prompt, text))
-            else None,
+            whole,
             optional=sampling.grammar is None and not forced,
         )
+
+    def with_reasoning(
+        self, grammar: str | None, content: bool, neutral: bool, inside: bool, may_think: bool
+    ) -> tuple[str | None, str | None]:
+        """(the grammar with free reasoning in front, where there may be some; the grammar alone). `content`: it is not of calls."""
+        syntax = self.syntax
+        if grammar is None:
+            return None, None
+        if syntax.form == "channels":
+            begin, end, opening, _ = CHANNEL_FRAMES[syntax.name]
+            if neutral or not may_think:
+                return None, grammar
+            grammar = behind(opening, grammar) if content else grammar
+            return after_reasoning(grammar, begin, end, False), grammar
+        if syntax.think[1] and (inside or may_think):
+            return after_reasoning(grammar, *syntax.think, inside), grammar
+        return None, grammar
 
     def render_tools(self, prompt: Prompt) -> str:
         """The prompt's text, its tools in it. Some templates fail where a schema leaves out what schemas may leave out."""
@@ -188,7 +211,7 @@ class ChatTemplate:
     def may_think(self, prompt: Prompt, text: str) -> bool:
         """May the model begin to reason, though the prompt does not?"""
         end = self.syntax.think[1]
-        return prompt.generation_prompt and not prompt.continue_final and not text.rstrip().endswith(end)
+        return prompt.generation_prompt and not prompt.continue_final and not (end and text.rstrip().endswith(end))
 
     def switched(self, prompt: Prompt) -> dict[str, Any]:
         """The template's variables, with reasoning on or off as the request wants it. Raises Refused."""
@@ -507,7 +530,8 @@ class Probe:
     def drops(self, think: tuple[str, str]) -> tuple[str, ...]:
         """Marks that stand around content."""
         source = self.template.source or ""
-        found = [mark for mark in ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]") if mark in source and mark not in think]
+        found = [mark for mark in CONTENT_MARKS if mark in source and mark not in think]
+        found += ["<response>", "</response>"] if "response between <response>" in source else []
         plain, _, footer = self.said(ANSWER).partition(ANSWER)
         own = plain[len(self.header(self.prompt[len(os.path.commonprefix([self.prompt, self.base])) :], think)) :]
         own = own[own.rfind(think[1]) + len(think[1]) :] if think[1] in own else own
@@ -634,6 +658,7 @@ class Probe:
         return [p.text for p in pieces if p.kind == "call"] == [NAME_A] and as_json(read) == arguments
 
 
+CONTENT_MARKS = ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
 HAND_WRITTEN = frozenset(("functionary", "gemma", "kimi-k3", "lfm2", "minimax-m3", "pythonic", "solar"))
 
 

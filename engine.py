@@ -39,7 +39,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from tool_parser import Chat, Parser, Part
+from tool_parser import Chat, Parser
+from tool_values import Part
 
 log = logging.getLogger("openai_api_endpoint")
 
@@ -281,6 +282,7 @@ class Backend(Protocol):
     threads: int
     context: int
     cache_tokens: int
+    # SPECIAL_IN_GRAMMAR: ClassVar[bool], True where it is not there: a grammar's literals may be special tokens
     vocabulary: int  # token ids are below it
     bos: int  # -1: none
     eos: frozenset[int]
@@ -673,16 +675,23 @@ class EngineLoop:
         if prompt.messages is None or prepare is None:
             return None, *encode(self.backend, prompt)
         chat: Chat = prepare(prompt, sampling)
-        opener = chat.syntax.openers[0] if chat.syntax and chat.syntax.openers else ""
-        if (
-            chat.grammar
-            and chat.optional
-            and not all(self.backend.piece(t, False) for t in self.backend.tokenize(opener, False))
-        ):
-            chat = replace(chat, grammar=None, whole_grammar=None)
-        if chat.whole_grammar and not all(self.backend.piece(t, False) for t in self.backend.tokenize(chat.think_end, False)):
-            chat = replace(chat, later=True)  # special tokens are nothing to a grammar
+        if not getattr(self.backend, "SPECIAL_IN_GRAMMAR", True):
+            chat = self.without_special(chat)
         return chat, *encode(self.backend, replace(prompt, messages=None, text=chat.text), chat=True)
+
+    def without_special(self, chat: Chat) -> Chat:
+        """For an engine whose grammars cannot speak of special tokens: what of a request's grammar does not need them."""
+
+        def plain(text: str) -> bool:
+            return all(self.backend.piece(token, False) for token in self.backend.tokenize(text, False))
+
+        if chat.grammar is None or chat.syntax is None:
+            return chat
+        if chat.optional and not plain("".join(chat.syntax.openers[:1])):
+            return replace(chat, grammar=None, whole_grammar=None)
+        if chat.whole_grammar and chat.syntax.form == "channels":
+            return replace(chat, whole_grammar=None)
+        return replace(chat, later=chat.whole_grammar is not None and not plain(chat.think_end))
 
     def next_waiting(self) -> Choice:
         """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""

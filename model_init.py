@@ -21,7 +21,7 @@ from backends import BACKENDS, LACKS, WITH_EMBEDDINGS
 from catalog import LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
 from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, log
 from model_files import leads_out
-from tool_parser import KNOWN
+from tool_syntax import KNOWN
 from upstream import Upstream, without_user
 
 # ──────────────────────────────────────────────────── profiles ───────────────────────────────────────────────────

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from constraints import Unsupported, regex_grammar, schema_grammar
-from tool_parser import Syntax, kinds_of
+from tool_syntax import CHANNEL_FRAMES, Syntax
+from tool_values import kinds_of
 
 TOKEN = re.compile(r'("(?:\\.|[^"\\])*")|(\[(?:\\.|[^\]\\])*\])|\b([A-Za-z]\w*)\b', re.S)
 FORMS = ("json", "named", "tagged", "pythonic", "functionary")  # that a grammar is written for; others are forced as bare JSON
@@ -37,7 +38,7 @@ class Rules:
         return names["root"]
 
     def schema(self, schema: Any) -> str:
-        return self.include(schema_grammar(schema))
+        return self.include(compiled(json.dumps(schema)))
 
     def maybe(self, body: str) -> str:
         return f"{self.add(body)}?"
@@ -72,6 +73,12 @@ class Rules:
 
     def text(self, root: str) -> str:
         return "\n".join([f"root ::= {root}", *(f"r{i} ::= {body}" for i, body in enumerate(self.bodies))]) + "\n"
+
+
+@functools.lru_cache(512)
+def compiled(schema: str) -> str:
+    """The same tools come with every request of an agent."""
+    return schema_grammar(json.loads(schema))
 
 
 def longest(mark: str, seen: str) -> int:
@@ -111,7 +118,10 @@ def calls_grammar(
 ) -> CallsGrammar:
     """Forced: one call or, `parallel`, more. Else, where a tool is strict: any text, and calls once one is begun. Raises Unsupported."""
     functions = [tool["function"] for tool in tools if names is None or tool["function"]["name"] in names]
-    native = syntax.form in FORMS and not syntax.quote and bool(syntax.before or syntax.bare or syntax.form in FORMS[3:])
+    channels = syntax.form == "channels" and CHANNEL_FRAMES[syntax.name][3] is not None and forced
+    native = (
+        channels or syntax.form in FORMS and not syntax.quote and bool(syntax.before or syntax.bare or syntax.form in FORMS[3:])
+    )
     if not forced and not (native and any(function.get("strict") for function in functions)):
         return CallsGrammar(None)
     form = spoken(syntax) if native else Syntax(form="json")
@@ -128,6 +138,13 @@ def calls_grammar(
     return CallsGrammar(rules.text(rules.up_to(opener, calls)))
 
 
+def behind(opening: str, grammar: str) -> str:
+    """The same grammar with a literal in front."""
+    rules = Rules()
+    own = rules.include(grammar)
+    return rules.text(joined(quoted(opening), own))
+
+
 def after_reasoning(grammar: str, begin: str, end: str, inside: bool) -> str:
     """The same grammar with free reasoning in front: up to its end mark where it is open, else between its marks or none at all."""
     rules = Rules()
@@ -141,6 +158,9 @@ def spoken(syntax: Syntax) -> Syntax:
     if syntax.form == "pythonic":
         opener, closer = "" if syntax.bare else "".join(syntax.openers[:1]), "".join(syntax.closers[:1])
         return replace(syntax, before=f"{opener}[", between=", ", after=f"]{closer}")
+    if syntax.form == "channels":
+        before, middle = CHANNEL_FRAMES[syntax.name][3] or ("", "")
+        return replace(syntax, form="named", before=before, middle=middle)
     if syntax.form == "functionary":
         return replace(syntax, form="named", middle="\n", between=">>>")
     return syntax

@@ -35,6 +35,7 @@ EOS = 0
 class ScriptedChat:
     """script.json: {"says": [what it says at each start, over and over], "special": [tokens that are no text], "size": tokens a step}."""
 
+    SPECIAL_IN_GRAMMAR = False
     LIBRARIES, INSTALL, LACKS, SPECULATES = (), "", frozenset(), frozenset()
 
     def __init__(self, spec, progress):

@@ -16,7 +16,9 @@ from hypothesis import strategies as some
 from catalog import demo_model
 from chat_syntax import KEYS, NAME_A, NAME_B, ChatTemplate, Probe
 from engine import Prompt, Sampling
-from tool_parser import KNOWN, Parser, Syntax, kinds_of, typed
+from tool_parser import Parser
+from tool_syntax import KNOWN, Syntax
+from tool_values import kinds_of, typed
 
 SOURCE = "llama-cpp-python==0.3.36"
 SILENT = {  # show no calls
