@@ -120,9 +120,9 @@ def serve_one(model, spec, max_jobs=40, **options):
     return serve(model_init.Models(model_init.Catalog(fixed=[model]), lambda model: spec, limits), **options)
 
 
-def serve_scripted(folder, slots=2, queue=2, backend="Scripted", **options):
+def serve_scripted(folder, slots=2, queue=2, kind="Scripted", **options):
     model = model_init.Model("scripted", Path(folder), "gguf", 1234)
-    spec = EngineSpec(f"scripted:{backend}", str(folder), slots)
+    spec = EngineSpec(f"scripted:{kind}", str(folder), slots)
     return serve_one(model, spec, slots + queue, folder=folder, **options)
 
 

@@ -331,7 +331,7 @@ def test_error_types(status, kind):
 
 @pytest.fixture
 def reader(tmp_path):
-    with serve_scripted(tmp_path, backend="Reader") as served:
+    with serve_scripted(tmp_path, kind="Reader") as served:
         yield served
 
 

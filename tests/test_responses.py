@@ -387,7 +387,7 @@ def test_pages():
 
 @pytest.fixture
 def reader(tmp_path):
-    with serve_scripted(tmp_path, backend="Reader") as served:
+    with serve_scripted(tmp_path, kind="Reader") as served:
         yield served
 
 
@@ -477,11 +477,11 @@ def test_without_state(tmp_path):
 
 def test_stored_before_it_is_told_and_after_a_restart(tmp_path):
     path = str(tmp_path / "state")
-    with serve_scripted(tmp_path, backend="Reader", state=State(path)) as served:
+    with serve_scripted(tmp_path, kind="Reader", state=State(path)) as served:
         events = parse(served.request("POST", "/v1/responses", {"input": "echo one", "stream": True})[1])
         body = events[-1]["response"]
         assert served.request("GET", f"/v1/responses/{body['id']}")[1] == body
-    with serve_scripted(tmp_path, backend="Reader", state=State(path)) as served:
+    with serve_scripted(tmp_path, kind="Reader", state=State(path)) as served:
         assert served.request("GET", f"/v1/responses/{body['id']}")[1] == body
         _, second, _ = ask(served, input="echo two", previous_response_id=body["id"])
         assert prompt_of(second) == "user: echo one\nassistant: one\nuser: echo two"
@@ -501,7 +501,7 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from conftest import serve_scripted
 from state import State
 if __name__ == "__main__":
-    with serve_scripted({folder!r}, backend="Reader", state=State({path!r})) as served:
+    with serve_scripted({folder!r}, kind="Reader", state=State({path!r})) as served:
         print(served.port, flush=True)
         threading.Event().wait()
 """
@@ -529,7 +529,7 @@ def test_kill_9_in_mid_stream(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    with serve_scripted(tmp_path, backend="Reader", state=State(path)) as served:
+    with serve_scripted(tmp_path, kind="Reader", state=State(path)) as served:
         assert served.request("GET", f"/v1/responses/{first['id']}")[1] == first
         assert served.request("GET", f"/v1/responses/{second}")[0] == 404
         _, third, _ = ask(served, input="echo two", previous_response_id=first["id"])

@@ -183,3 +183,28 @@ def test_default_path_is_the_users_state_folder(monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", "/somewhere")
     monkeypatch.setenv("LOCALAPPDATA", "/somewhere")
     assert default_path() == Path("/somewhere/openai_api_endpoint/responses.sqlite3")
+
+
+def test_the_command_lines_file(tmp_path, monkeypatch, caplog):
+    import argparse
+
+    from catalog import UsageError
+    from openai_api_endpoint import open_state
+
+    def opened(state):
+        return open_state(argparse.Namespace(state=state, state_ttl=60.0, state_size=1))
+
+    assert opened("none") == "none"
+    state = opened(str(tmp_path / "given"))
+    assert (state.ttl, state.size, (tmp_path / "given").exists()) == (60.0, 1 << 20, True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    opened("")
+    assert default_path().exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--state"):
+        opened(str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "file"))
+    put(opened(""), "a")  # the default one cannot be used: in memory
+    assert "in memory only" in caplog.text
