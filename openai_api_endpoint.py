@@ -776,12 +776,12 @@ class Dialects(Handler):
 
     def post_responses(self) -> None:
         turn = self.responses_turn(responses_api.RESPONSES)
-        values = self.read_chat(turn.chat)
+        values, owner, state = self.read_chat(turn.chat), self.owner(), self.server.state
 
         def keep(response: dict[str, Any]) -> None:
-            if response["store"] and self.server.state:
+            if response["store"] and state:
                 try:
-                    self.server.state.put(self.owner(), response, turn.given)
+                    state.put(owner, response, turn.given)
                 except sqlite3.Error as error:
                     log.error("%s could not be stored: %s", response["id"], error)
                     response["store"] = False
@@ -790,6 +790,7 @@ class Dialects(Handler):
             return responses_api.Answer(completion, turn, self.sampling_defaults(), keep)
 
         def away(job: Job, completion: Completion, ended: Callable[..., None]) -> None:
+            """From here on nothing may ask this handler: its connection goes on with other requests."""
             answer = render(completion)
             one = Background(job, completion, answer, self.server.request_timeout, ended)
             queued = {**answer.waiting()}
