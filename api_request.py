@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from api_errors import ApiError
 from backends import LACKS
-from constraints import (
-    Unsupported,
-    choice_grammar,
-    object_grammar,
-    own_grammar,
-    regex_grammar,
-    regex_matches,
-    schema_grammar,
-    violation,
-)
+from constraints import Unsupported, regex_matches, unknown_words, violation
 from engine import Prompt, Sampling
-from model_init import ROLES
+from model_init import ROLES, Limits
 
 # ──────────────────────────────────────────────── kinds of values ────────────────────────────────────────────────
 
@@ -182,38 +172,89 @@ TEMPLATE_KWARGS = Kind(f"an object without {', '.join(sorted(RESERVED))}", read_
 # ────────────────────────────────────────────────── constraints ──────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """What a completion must be: the grammar that the engine follows, and the check when it has ended."""
+class Constraint(NamedTuple):
+    """What a completion must be, as it came. Here it is measured, and a finished text held against it: it becomes a grammar behind
+    admission (prepare.py), for it may take long."""
 
-    grammar: str
-    check: Callable[[str], str | None] | None  # what is wrong with a finished text, or None; without: only the engine knows
+    kind: str  # "json" | "strict" (JSON with a schema that OpenAI calls so) | "regex" | "choice" | "grammar"
+    source: Any
+    where: str  # the field that it came from
+
+    def unknown(self) -> list[str]:
+        """The places of words in a schema that nobody knows: they constrain nothing, and are told as unknown fields are."""
+        if self.kind not in ("json", "strict"):
+            return []
+        try:
+            measure(self.source, self.where, MOST_TOLD)
+        except ApiError:  # too much to be looked through; maybe too much to be honoured, which is told later
+            return []
+        words = (place + f" ({meant}?)" * bool(meant) for place, meant in unknown_words(self.source).items())
+        return [f"{self.where}.{'..' * (len(place) > 44)}{place[-44:]}" for place in words]
 
     def fault(self, text: str, cut: bool) -> str | None:
         """What is wrong with a text that the engine has ended, or that a stop string or token has cut."""
-        if self.check is None:
+        if self.kind == "grammar":  # only the engine knows
             return "it ends where the grammar may not" if cut else None
+        if len(text) * size(self.source) > MOST_CHECKED:  # then, too, its word must do
+            return "it takes too long to be checked" if cut else None
         try:
-            return self.check(text)
+            return FAULTS[self.kind](self.source, text)
         except Unsupported as error:
             return str(error)
 
 
-def json_constraint(schema: Any, where: str) -> Constraint:
-    def wrong(text: str) -> str | None:
-        try:
-            return violation(schema, json.loads(text))
-        except ValueError as error:
-            return f"it is not JSON: {error}"
-
-    return Constraint(refuse_unsupported(schema_grammar, schema, where), wrong)
-
-
-def refuse_unsupported(convert: Callable[[Any], str], source: Any, where: str) -> str:
+def json_fault(schema: Any, text: str) -> str | None:
     try:
-        return convert(source)
-    except Unsupported as error:
-        raise ApiError(400, f"'{where}' cannot be honoured: {error}", where, "unsupported_constraint") from None
+        return violation(schema, json.loads(text))
+    except ValueError as error:
+        return f"it is not JSON: {error}"
+
+
+FAULTS: dict[str, Callable[[Any, str], str | None]] = {
+    "json": json_fault,
+    "strict": json_fault,
+    "regex": lambda pattern, text: None if regex_matches(pattern, text) else "it does not match the regex",
+    "choice": lambda choices, text: None if text in choices else "it is none of the choices",
+}
+MOST_PARTS, DEEPEST = 20_000, 130  # values in a constraint, and how deep they nest
+MOST_TOLD = 200_000  # characters of a schema that is looked through for words that nobody knows
+MOST_CHECKED = 100_000_000  # characters of a finished text times the size of its constraint
+
+
+def layers(source: Any) -> Iterator[tuple[int, int]]:
+    """(characters, values) on each level of a constraint, the outermost first."""
+    layer = [source]
+    while layer:
+        deeper: list[Any] = []
+        characters = 0
+        for one in layer:
+            if isinstance(one, str):
+                characters += len(one)
+            elif isinstance(one, dict):
+                characters += sum(map(len, one))
+                deeper += one.values()
+            elif isinstance(one, (list, tuple)):
+                deeper += one
+        yield characters, len(layer)
+        layer = deeper
+
+
+def size(source: Any) -> int:
+    return sum(characters + parts for characters, parts in layers(source))
+
+
+def measure(source: Any, where: str, most: int) -> None:
+    """Refuses what is too much to be looked at: `most` characters in all, MOST_PARTS values, DEEPEST levels."""
+    characters = parts = 0
+    for depth, (more, values) in enumerate(layers(source)):
+        characters, parts = characters + more, parts + values
+        for over, says in (
+            (characters > most, f"more than {most} characters (--max-constraint)"),
+            (parts > MOST_PARTS, f"more than {MOST_PARTS} words and values"),
+            (depth > DEEPEST, f"a nesting deeper than {DEEPEST}"),
+        ):
+            if over:
+                raise ApiError(400, f"'{where}' cannot be honoured: it has {says}.", where, "unsupported_constraint")
 
 
 def read_response_format(value: Any) -> Constraint | None:
@@ -226,12 +267,13 @@ def read_response_format(value: Any) -> Constraint | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return Constraint(object_grammar(), json_constraint({"type": "object"}, "response_format").check)
+        return Constraint("json", {"type": "object"}, "response_format")
     value = given
     check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
     check(set(value["json_schema"]) <= {"name", "description", "schema", "strict"})
     check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
-    return json_constraint(value["json_schema"]["schema"], "response_format")
+    kind = "strict" if value["json_schema"].get("strict") is True else "json"
+    return Constraint(kind, value["json_schema"]["schema"], "response_format")
 
 
 def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Constraint | None:
@@ -246,17 +288,13 @@ def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Co
             source = parse_json(source.encode()) if isinstance(source, str) else source
         except ApiError as error:
             raise ApiError(400, f"'{where}': {error.message}", where) from None
-        return json_constraint(source, where)
-    if name == "regex":
+    elif name == "regex":
         check(isinstance(source, str))
-        grammar = refuse_unsupported(regex_grammar, source, where)
-        return Constraint(grammar, lambda text: None if regex_matches(source, text) else "it does not match the regex")
-    if name == "choice":
+    elif name == "choice":
         check(isinstance(source, list) and bool(source) and all(isinstance(item, str) and item for item in source))
-        grammar = refuse_unsupported(choice_grammar, source, where)
-        return Constraint(grammar, lambda text: None if text in source else "it is none of the choices")
-    check(name == "grammar" and isinstance(source, str) and 0 < len(source) <= 100_000)
-    return Constraint(refuse_unsupported(own_grammar, source, where), None)
+    else:
+        check(name == "grammar" and isinstance(source, str) and 0 < len(source) <= 100_000)
+    return Constraint(name, source, where)
 
 
 RESPONSE_FORMAT = Kind(
@@ -644,8 +682,7 @@ OPERATE = {
 }
 PROMPT_FIELDS = {
     "/chat/completions": "messages", "/embeddings": "input", "/tokenize": "content", "/detokenize": "tokens",
-    "/apply-template": "messages", "/responses": "input", "/messages": "messages",
-    "/rerank": "documents", "/v2/rerank": "documents", "/score": "text_2",
+    "/apply-template": "messages", "/responses": "input", "/messages": "messages", "/rerank": "documents", "/v2/rerank": "documents", "/score": "text_2",
 }  # fmt: skip
 ALIASES = {
     "repeat_penalty": "repetition_penalty",
@@ -709,6 +746,7 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
     for says, condition, param, feature in COMBINED:
         if condition(values):
             refuse_lacking(param, feature, engine, says.replace("`", "'"))
+    ignored += [place for value in values.values() if isinstance(value, Constraint) for place in value.unknown()]
     return Fields(values, ignored)
 
 
@@ -813,6 +851,18 @@ def constraint_of(values: dict[str, Any]) -> Constraint | None:
     return next((values[name] for name in CONSTRAINTS if values.get(name)), None)
 
 
+def check_limits(values: dict[str, Any], prompts: int, limits: Limits) -> None:
+    """What the operator allows of one request. Before any work is done for it."""
+    if (choices := prompts * values.get("n", 1)) > limits.choices:
+        raise ApiError(
+            400, f"{choices} choices (prompts times n) are too many: {limits.choices} may be asked for (--max-choices).", "n"
+        )
+    if len(values.get("stop_token_ids", ())) > limits.stop_ids:
+        raise ApiError(400, f"'stop_token_ids' may have {limits.stop_ids} ids at most (--max-stop-ids).", "stop_token_ids")
+    if constraint := constraint_of(values):
+        measure(constraint.source, constraint.where, limits.constraint)
+
+
 def sampling_from(values: dict[str, Any]) -> Sampling:
     same = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n", "seed"]
     same += ["min_tokens", "ignore_eos", "logit_bias", "echo"]
@@ -834,7 +884,7 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
         stop=tuple(item for item in stop if isinstance(item, str)),
         stop_token_ids=tuple(item for item in stop if isinstance(item, int)) + values.get("stop_token_ids", ()),
         logprobs=logprobs,
-        grammar=constraint.grammar if constraint else None,
+        constraint=tuple(constraint) if constraint else None,
         thinking_budget=values.get("thinking_budget"),
         **{name: values[name] for name in same if name in values},
     )

@@ -330,6 +330,50 @@ def openvino_device(asked: str, there: list[str]) -> str:
 # ───────────────────────────────────────────────────── llama.cpp ─────────────────────────────────────────────────
 
 
+class LlamaGrammar:
+    """llama.cpp's own sampler of a grammar, which only forbids. Where llguidance is not installed: it takes milliseconds a mask."""
+
+    def __init__(self, lib: Any, sampler: Any) -> None:
+        self.lib, self.sampler = lib, sampler
+
+    def allows(self, token: int) -> bool:
+        one = (self.lib.llama_token_data * 1)(self.lib.llama_token_data(token, 0.0, 0.0))
+        self.lib.llama_sampler_apply(self.sampler, ctypes.byref(self.lib.llama_token_data_array(one, 1, -1, False)))
+        return not math.isinf(one[0].logit)
+
+    def forbid(self, candidates: Any, array: Any) -> None:
+        self.lib.llama_sampler_apply(self.sampler, ctypes.byref(array))
+
+    def accept(self, token: int) -> None:
+        self.lib.llama_sampler_accept(self.sampler, token)
+
+    def free(self) -> None:
+        self.lib.llama_sampler_free(self.sampler)
+
+
+class Guidance:
+    """llguidance's matcher of a grammar: a mask of the whole vocabulary in microseconds, without the GIL."""
+
+    def __init__(self, matcher: Any, numpy: Any) -> None:
+        self.matcher, self.numpy = matcher, numpy
+
+    def allows(self, token: int) -> bool:
+        return bool(self.matcher.validate_tokens([token]))
+
+    def forbid(self, candidates: Any, array: Any) -> None:
+        """Raises Refused: the matcher has a limit, and then allows only the end."""
+        packed = self.numpy.frombuffer(self.matcher.compute_bitmask(), dtype=self.numpy.uint8)
+        if self.matcher.is_error():
+            raise grammar_failed(self.matcher)
+        candidates["logit"][self.numpy.unpackbits(packed, count=len(candidates), bitorder="little") == 0] = -math.inf
+
+    def accept(self, token: int) -> None:
+        self.matcher.consume_token(token)
+
+    def free(self) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class LlamaSlot:
     """One sequence of the KV cache. `kv` are the tokens it holds, kept after the end for the next prompt like it."""
@@ -338,7 +382,7 @@ class LlamaSlot:
     kv: list[int] = field(default_factory=list)
     todo: list[int] = field(default_factory=list)  # tokens to be decoded next: the rest of the prompt, or the one sampled
     sampler: Any = None  # the sampler chain; None: the slot is free
-    grammar: Any = None  # a sampler of its own, which only forbids
+    grammar: LlamaGrammar | Guidance | None = None
     sampling: Sampling = Sampling()
     muted: int = 0  # tokens still to come before EOS may (min_tokens): the chain's first sampler bans it
     scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens, where they are wanted
@@ -473,6 +517,7 @@ class LlamaCpp(LlamaModel):
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec, progress)
+        self.guidance = self.make_guidance()
         lib, trained = self.lib, self.trained
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
@@ -491,6 +536,13 @@ class LlamaCpp(LlamaModel):
         self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
         self.ring = [LlamaSlot(i) for i in range(spec.slots)]
         self.clock = itertools.count(1)
+
+    def make_guidance(self) -> Any:
+        """llguidance's view of the vocabulary, where it is installed."""
+        if not importlib.util.find_spec("llguidance"):
+            return None
+        made: Any = importlib.import_module("llguidance.llamacpp")
+        return made.lltokenizer_from_vocab(self.vocab, self.vocabulary, [*self.eos])
 
     def make_context(self) -> Any:
         params = self.lib.llama_context_default_params()
@@ -570,17 +622,34 @@ class LlamaCpp(LlamaModel):
         array = (self.lib.llama_logit_bias * len(rows))(*rows)
         return self.lib.llama_sampler_init_logit_bias(self.vocabulary, len(rows), array)
 
-    def make_grammar(self, text: str) -> Any:
-        """A copy of the compiled grammar. Raises Refused: llama.cpp's parser gives NULL for a bad one."""
+    def make_grammar(self, text: str) -> LlamaGrammar | Guidance:
+        """A copy of the compiled grammar. Raises Refused."""
         if text not in self.grammars:
-            self.last_error = ""
-            grammar = self.lib.llama_sampler_init_grammar(self.vocab, ebnf(text).encode(), b"root")
-            if not grammar:
-                raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
+            made = self.compile_guidance(text) if self.guidance else self.compile_grammar(text)
             if len(self.grammars) >= 64:
-                self.lib.llama_sampler_free(self.grammars.pop(next(iter(self.grammars))))
-            self.grammars[text] = grammar
-        return self.lib.llama_sampler_clone(self.grammars[text])
+                self.grammars.pop(next(iter(self.grammars))).free()
+            self.grammars[text] = made
+        kept = self.grammars[text]
+        if isinstance(kept, Guidance):
+            return Guidance(kept.matcher.deep_copy(), self.numpy)
+        return LlamaGrammar(self.lib, self.lib.llama_sampler_clone(kept.sampler))
+
+    def compile_guidance(self, text: str) -> Guidance:
+        if not self.eos:
+            raise Refused("This model has no token that ends a text, which structured output needs.", "structured_outputs")
+        llguidance: Any = importlib.import_module("llguidance")
+        matcher = llguidance.LLMatcher(self.guidance, llguidance.grammar_from("lark", lark_grammar(text)))
+        if matcher.is_error():
+            raise grammar_failed(matcher)
+        return Guidance(matcher, self.numpy)
+
+    def compile_grammar(self, text: str) -> LlamaGrammar:
+        """llama.cpp's parser gives NULL for a bad one."""
+        self.last_error = ""
+        grammar = self.lib.llama_sampler_init_grammar(self.vocab, ebnf(text).encode(), b"root")
+        if not grammar:
+            raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
+        return LlamaGrammar(self.lib, grammar)
 
     def step(self) -> list[Step]:
         if self.unified:
@@ -704,13 +773,17 @@ class LlamaCpp(LlamaModel):
     def sample(self, slot: LlamaSlot, index: int) -> Step:
         scores: list[Scored] = []
         token: int | None
-        if slot.sampling.grammar:
-            token = self.sample_constrained(slot, index)
-        else:
-            token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
+        try:
+            if slot.sampling.grammar:
+                token = self.sample_constrained(slot, index)
+            else:
+                token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
+            refused = no_token_left()
+        except Refused as error:  # llguidance has limits
+            token, refused = None, error
         if token is None:
             slot.todo = [self.bos]  # never decoded: the choice ends here
-            return Step(slot.seq, (), error=no_token_left())
+            return Step(slot.seq, (), error=refused)
         if slot.muted:
             slot.muted -= 1
             if not slot.muted:
@@ -742,15 +815,13 @@ class LlamaCpp(LlamaModel):
         To ask the grammar about one token costs microseconds, about the whole vocabulary milliseconds. With P the probability
         of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
         """
+        assert slot.grammar
         token, logit = self.pick(slot, index, constrained=False)
-        one = (self.lib.llama_token_data * 1)(self.lib.llama_token_data(token, 0.0, 0.0))
-        array = self.lib.llama_token_data_array(one, 1, -1, False)
-        self.lib.llama_sampler_apply(slot.grammar, ctypes.byref(array))
-        if math.isinf(one[0].logit):
+        if not slot.grammar.allows(token):
             token, logit = self.pick(slot, index, constrained=True)
         if math.isinf(logit):
             return None
-        self.lib.llama_sampler_accept(slot.grammar, token)
+        slot.grammar.accept(token)
         self.lib.llama_sampler_accept(slot.sampler, token)
         return token
 
@@ -760,8 +831,8 @@ class LlamaCpp(LlamaModel):
         self.candidates["logit"] = self.logits(index)
         data = self.candidates.ctypes.data_as(ctypes.POINTER(self.lib.llama_token_data))
         array = self.lib.llama_token_data_array(data, self.vocabulary, -1, False)
-        if constrained:
-            self.lib.llama_sampler_apply(slot.grammar, ctypes.byref(array))
+        if constrained and slot.grammar:
+            slot.grammar.forbid(self.candidates, array)
         self.lib.llama_sampler_apply(slot.sampler, ctypes.byref(array))
         chosen = array.data[array.selected]
         return int(chosen.id), float(chosen.logit)
@@ -770,7 +841,7 @@ class LlamaCpp(LlamaModel):
         slot = self.ring[seq]
         self.lib.llama_sampler_free(slot.sampler)
         if slot.grammar:
-            self.lib.llama_sampler_free(slot.grammar)
+            slot.grammar.free()
         slot.sampler, slot.grammar, slot.todo, slot.grams = None, None, [], {}
 
     def make_embedder(self) -> Any:

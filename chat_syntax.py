@@ -24,16 +24,22 @@ class ChatTemplate:
     """A model's Jinja chat template, rendered as Hugging Face's `apply_chat_template` does, in a sandbox."""
 
     def __init__(self, source: str | None, bos: str, eos: str, more: dict[str, str] | None = None):
-        self.template = None
-        self.fault = "This model has no chat template: start the server with --chat-template FILE."
         self.source = source
         self.tokens = {**(more or {}), "bos_token": bos, "eos_token": eos}
+        self.recipe: tuple[Any, ...] = (
+            (source, bos, eos, more) if source else ()
+        )  # what it is made again from, in another process
         self.has_developer = source is not None and "developer" in source
-        if source:
-            try:
-                self.template = self.compile(source)
-            except Exception as error:  # completions need no template
-                self.fault = f"This model's chat template cannot be read: {one_line(error)}"
+
+    @functools.cached_property
+    def template(self) -> Any:
+        """Compiled when first asked for: already that may take for ever, and is no business of a load. Raises Refused."""
+        if not self.source:
+            raise Refused("This model has no chat template: start the server with --chat-template FILE.", "messages")
+        try:
+            return self.compile(self.source)
+        except Exception as error:  # completions need no template
+            raise Refused(f"This model's chat template cannot be read: {one_line(error)}", "messages") from None
 
     def compile(self, source: str) -> Any:
         from jinja2.ext import Extension, loopcontrols
@@ -67,10 +73,14 @@ class ChatTemplate:
 
     tool_syntax = ""  # --tool-syntax: takes the place of what is found
 
+    def choose(self, tool_syntax: str) -> None:
+        self.tool_syntax = tool_syntax
+        self.recipe = (*self.recipe, tool_syntax) if self.recipe else ()
+
     @functools.cached_property
     def syntax(self) -> Syntax:
         """How this template writes calls and reasoning. Found at the first look: some thirty short renderings."""
-        if self.template is None:
+        if not self.source:
             return Syntax()
         try:
             found = Probe(self).syntax()
@@ -84,12 +94,12 @@ class ChatTemplate:
 
     @functools.cached_property
     def switch(self) -> Switch:
-        return Probe(self).switch() if self.template is not None else Switch()
+        return Probe(self).switch() if self.source else Switch()
 
     @functools.cached_property
     def shows_tools(self) -> bool:
         """Does a prompt tell the model of its tools?"""
-        return self.template is None or NAME_A in Probe(self).prompt
+        return not self.source or NAME_A in Probe(self).prompt
 
     @functools.cached_property
     def shows_calls(self) -> tuple[bool, bool, bool]:
@@ -267,8 +277,7 @@ class ChatTemplate:
 
     def render_plain(self, prompt: Prompt) -> str:
         """As Hugging Face's `apply_chat_template` does. Raises Refused."""
-        if self.template is None:
-            raise Refused(self.fault, "messages")
+        template = self.template
         messages = [dict(m) for m in prompt.messages or ()]
         mark = ""
         if prompt.continue_final:  # where the last message ends only the template knows: mark the place and cut there
@@ -287,7 +296,7 @@ class ChatTemplate:
                 **prompt.template_kwargs,
                 "add_generation_prompt": prompt.generation_prompt and not mark,
             }
-            text = str(self.template.render(messages=messages, **variables))
+            text = str(template.render(messages=messages, **variables))
             if mark and mark not in text:
                 raise Refused("The model's chat template cannot continue the final message.", "continue_final_message")
             return text.rpartition(mark)[0] if mark else text

@@ -257,6 +257,8 @@ def number_term(shape: Number) -> Term:
             bounds = (None if first is None else (first * step, False), None if last is None else (last * step, False))
             whole = step.denominator == 1
             plain = integers(*(None if b is None else int(b[0]) for b in bounds)) if whole else decimals(*bounds, plain=True)
+            if bounds == (None, None) and whole:  # no count of digits: it would be multiplied by the remainders
+                plain = seq(rep(lit("-"), 0, 1), alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, None))]))
             found = both(plain, multiples(step))
     else:
         found = decimals(low, high, plain=bool(shape.terms))

@@ -83,11 +83,15 @@ class LlamaEmbedder(Embedder, LlamaModel):
     """
 
     pool_tokens, pool_rows = 2048, 64  # of one llama_batch
+    LOGITS = 2 << 30  # bytes
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec, progress)
         lib, self.task = self.lib, spec.task
-        self.context = min(self.trained, spec.cache_tokens or LONGEST)
+        # llama.cpp makes room for the logits of every token of a batch, also where none are wanted.
+        longest, many = (max(512, size // (4 * self.vocabulary)) for size in (self.LOGITS, self.LOGITS // 4))
+        self.context = min(self.trained, spec.cache_tokens or min(LONGEST, longest))
+        self.pool_tokens = min(self.pool_tokens, many)
         if spec.task == "rerank":
             self.check_classes()
         params = lib.llama_context_default_params()

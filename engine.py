@@ -5,10 +5,13 @@ a producer never waits for a consumer.
 
 Server process                                   Engine process (spawned, one per loaded model)
   handler threads: Engine.submit() -> Job          run_engine: EngineLoop over one Backend
+  workshop:        template, constraint (workshop.py, prepare.py)
   writer thread:   outbox ──── pipe ────────────►    receive() -> admit() -> step() -> one message of events
   reader thread:   Job.put() ◄───── pipe ────────┘   EOF on the pipe is how either side learns of the other's death
+  watcher thread:  does it live? (children.py)
 
 Job.put() queues an event for the handler, or hands it to the sink that the handler left when it went to sleep: see Job.
+The server does not trust the engine: what that sends is plain data, which names no class and calls nothing.
 """
 
 from __future__ import annotations
@@ -18,29 +21,32 @@ import contextlib
 import gc
 import hashlib
 import importlib
+import io
 import itertools
+import json
 import logging
-import multiprocessing
 import operator
 import os
 import pickle
 import queue
 import random
+import re
 import select
-import signal
-import sys
 import threading
 import time
 import uuid
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
+from children import Child, Pulse, describe_exit
 from tool_parser import Chat, Parser
 from tool_values import Part
+from turns import Turns
+from workshop import Closed, Order, Workshop
 
 log = logging.getLogger("openai_api_endpoint")
 
@@ -64,12 +70,31 @@ class Prompt:
     effort: str | None = None  # of reasoning: "none" … "xhigh"
     lenient: bool = False  # the effort is a hint: a template without such a switch does not refuse it
     details: bool = False  # Details are wanted
+    rendered: bool = False  # the text is what the template has made of messages
+    chat: Chat | None = None  # and this all that it has made of them
 
     def least_tokens(self) -> int:
         """Taken for a lower bound before the prompt costs anything. Text of over 32 characters per token is not text."""
         if self.messages is not None:
-            return max(len(self.messages), sum(len(m["content"]) for m in self.messages) // 32)
-        return len(self.tokens) if self.tokens is not None else len(self.text or "") // 32
+            return max(len(self.messages), characters([*self.messages, self.template_kwargs]) // CHARACTERS)
+        return len(self.tokens) if self.tokens is not None else len(self.text or "") // CHARACTERS
+
+
+CHARACTERS = 32  # the most that are taken for one token
+
+
+def characters(value: Any) -> int:
+    """Of all strings in a value that came as JSON, names too."""
+    total, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, dict):
+            rest += [*one, *one.values()]
+        elif isinstance(one, (list, tuple)):
+            rest += one
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +120,9 @@ class Sampling:
     logprobs: int | None = None  # log-softmax of the raw logits, with so many alternatives; None: not wanted
     echo: bool = False  # the prompt comes first, with logprobs of its own where they are wanted
     grammar: str | None = None  # GBNF that the completion must follow; reasoning in front of it is free
+    constraint: tuple[str, Any, str] | None = (
+        None  # that becomes the grammar: its kind, its source, the field that it came from
+    )
     thinking_budget: int | None = None  # tokens of reasoning, then its end is forced
 
     @property
@@ -102,7 +130,6 @@ class Sampling:
         return self.echo and self.logprobs is not None
 
 
-MANY_PROMPTS = 8  # in one request; more are read one by one between steps
 FALLBACK = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}  # where neither the request nor the model says
 
 
@@ -185,6 +212,58 @@ class QueueFull(Exception):
 Event = Started | Details | Delta | Answer | Refused | EngineFailed | QueueFull
 
 
+# ────────────────────────────────────── what the engine says: plain data, no classes ──────────────────────────────
+
+EVENTS: dict[str, Callable[..., Event]] = {
+    "delta": Delta, "started": Started, "details": Details, "answer": Answer, "refused": Refused, "failed": EngineFailed,
+}  # fmt: skip
+
+
+def pack(kind: str, payload: Any) -> bytes:
+    return pickle.dumps((kind, payload), pickle.HIGHEST_PROTOCOL)
+
+
+def pack_event(job: int, event: Event) -> tuple[int, str, tuple[Any, ...]]:
+    if isinstance(event, Delta):
+        return job, "delta", tuple(event) if not event.logprobs else (*event[:4], pack_logprobs(event.logprobs), *event[5:])
+    if isinstance(event, Exception):
+        return job, "refused" if isinstance(event, Refused) else "failed", event.args
+    return job, type(event).__name__.lower(), tuple(getattr(event, one.name) for one in fields(event))
+
+
+def pack_logprobs(logprobs: Sequence[TokenLogprob]) -> tuple[Any, ...]:
+    """A binding may bring the numbers of its library, which are objects of classes of their own."""
+
+    def number(value: float | None) -> float | None:
+        return None if value is None else float(value)
+
+    return tuple(
+        (data, number(logprob), tuple((other, float(value)) for other, value in top), shown)
+        for data, logprob, top, shown in logprobs
+    )
+
+
+def unpack_event(job: int, kind: str, given: tuple[Any, ...]) -> tuple[int, Event]:
+    """Raises TypeError, KeyError for what no engine of ours says."""
+    event = EVENTS[kind](*given)
+    if isinstance(event, Delta) and event.logprobs:
+        event = event._replace(logprobs=tuple(TokenLogprob(*one) for one in event.logprobs))
+    return job, event
+
+
+class PlainData(pickle.Unpickler):
+    """Numbers, text and what contains them. A pickle may name any class, and call it; here it names none."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module[:80]}.{name[:80]}")
+
+
+def unpack(data: bytes) -> tuple[str, Any]:
+    """Raises whatever a broken message brings: the sender is to be ended."""
+    kind, payload = PlainData(io.BytesIO(data)).load()
+    return kind, payload
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """All that an engine process needs to load a model."""
@@ -223,8 +302,8 @@ class EngineInfo:
     tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
     placement: str = ""  # which devices hold how much of it, where the library tells
     models: tuple[str, ...] = ()  # an upstream's names for what it serves
-    syntax: dict[str, Any] = field(default_factory=dict)  # what was found of tool calls and reasoning in the template
     defaults: dict[str, float] = field(default_factory=dict)  # the sampling of a request that does not say; empty: not known
+    recipe: tuple[Any, ...] = ()  # what a chat template is made again from, in the workshop; (): the engine renders
 
 
 # ──────────────────────────────────────────────── the seam: a backend ────────────────────────────────────────────
@@ -314,10 +393,10 @@ FEATURES = {  # what an engine may lack → what it is, for the 400
     "constraints": "structured output",
     "template": "control over the chat template",
     "inside": "a look at prompt and tokens",
-    "tools": "tool calls and reasoning",
     "tokens": "tokenizing for others",
     "rerank": "scores of pairs of texts",
     "prompts": "an embedding model's own prompts",
+    "tools": "tool calls and reasoning",
 }
 BEYOND_OPENAI = frozenset(FEATURES) - {"logit_bias", "top_logprobs", "tools"}
 UPSTREAMS = {  # other servers as engines → what of FEATURES they lack; what is not known to be honoured there is refused here
@@ -376,7 +455,7 @@ class Choice:
         sampling = request.sampling
         self.gate = StopGate(sampling.stop)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else request.eos)
+        self.ends = request.ends if request.ends is not None else ends_of(sampling, request.eos)
         self.taken = 0
         self.parser = request.chat.parser() if request.chat else None
         self.thinking = (
@@ -467,6 +546,11 @@ class Choice:
         return [named(token, score, backend) for token, score in zip(ids, scores[self.request.hidden :], strict=False)]
 
 
+def ends_of(sampling: Sampling, eos: frozenset[int]) -> frozenset[int]:
+    """The tokens that end a completion."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+
+
 class Thinking:
     """What is to be done where reasoning ends: a grammar begins, or the end itself is forced once there was too much of it.
 
@@ -520,13 +604,15 @@ class Request:
     job: int
     client: str  # who asks, for fairness
     text: str
-    ids: list[int]
+    ids: Sequence[int]  # an array: a list of them takes ten times the memory, and a queue holds many
     hidden: int  # tokens at the beginning that the tokenizer added, and the client did not send
     sampling: Sampling
     eos: frozenset[int]
+    ends: frozenset[int] | None = None  # the tokens that end a completion: one set for all of a job
+    siblings: range = range(0)  # choices that are held back until the first one's prefill can be reused
+
     chat: Chat | None = None  # how its text is taken apart; None: it is not
-    views: dict[int, bytes] = field(default_factory=dict)
-    siblings: list[Choice] = field(default_factory=list)  # held back until the first choice's prefill can be reused
+    views: dict[int, bytes] = field(default_factory=dict)  # of tokens, as the parser is to see them
 
     def view(self, token: int, backend: Backend) -> bytes:
         """A token's text, for the parser: special tokens are empty unless they are marks of its."""
@@ -544,6 +630,16 @@ class Request:
         return data
 
 
+@dataclass(slots=True)
+class Work:
+    """What a job asks of the engine before it has a slot, or without one: a piece of it is done between two steps."""
+
+    job: int
+    client: str
+    what: str  # "read" | "answer"
+    pieces: Iterator[Any]  # of None while there is more to do; an answer comes last
+
+
 def readable(conn: Connection) -> Callable[[], bool]:
     """Asks whether something has come. conn.poll() makes a selector for every call, but it is there on every system."""
     if not hasattr(select, "poll"):
@@ -556,14 +652,18 @@ def readable(conn: Connection) -> Callable[[], bool]:
 class EngineLoop:
     """receive, admit, step: the life of an engine. Owns all sequence state; only its thread calls the backend."""
 
+    SHARE_S = 0.05  # what steps leave for other work adds up to so much
+
     def __init__(self, conn: Connection, backend: Backend):
         self.conn, self.backend = conn, backend
-        self.waiting: deque[Choice] = deque()
+        self.work: Turns[Work] = Turns()
+        self.waiting: Turns[Choice] = Turns()
         self.active: dict[int, Choice] = {}  # by seq
         self.turns: dict[str, int] = {}  # when each client last got a slot
         self.clock = itertools.count(1)
-        self.calls: deque[tuple[int, Iterator[Any]]] = deque()  # one piece of one call between two steps
         self.pool = Pool(backend)
+        self.pace = GrammarPace()
+        self.credit = self.SHARE_S  # seconds that other work may take before the next step: as many as steps have taken
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
         self.inbox_has = readable(conn)
@@ -574,10 +674,11 @@ class EngineLoop:
         try:
             while self.receive():
                 self.admit()
-                self.advance_call()
                 self.out += self.pool.advance()
                 self.flush()  # what was taken or refused is told before a step, which may be long
+                began = time.monotonic()
                 self.step()
+                self.credit = min(self.SHARE_S, self.credit + time.monotonic() - began)
                 self.flush()
         except (EOFError, OSError):
             pass  # the server is gone, or has closed us
@@ -586,18 +687,21 @@ class EngineLoop:
         """One message per step; without news one a second, so that a long prefill is not taken for a hang."""
         now = time.monotonic()
         if self.out or now - self.spoke > 1:
-            self.conn.send_bytes(pickle.dumps(("events", self.out), pickle.HIGHEST_PROTOCOL))  # a third of what conn.send takes
+            self.conn.send_bytes(pack("events", [pack_event(*one) for one in self.out]))
             self.out, self.spoke = [], now
 
     def receive(self) -> bool:
-        """Take what has come; block only when there is nothing else to do."""
-        idle = not self.active and not self.waiting and not self.calls and not self.pool.jobs
+        """Take what has come; block only when there is nothing else to do, and where others wait for a step be brief."""
+        idle = not (self.active or self.waiting or self.work or self.pool.jobs)
+        began = time.monotonic()
         while idle or self.inbox_has():
             kind, *arguments = self.conn.recv()
             if kind == "close":
                 return False
             self.dispatch[kind](*arguments)
             idle = False
+            if self.active and time.monotonic() - began > self.SHARE_S:
+                break
         return True
 
     def guarded(self, job: int, what: str, action: Callable[[], Any]) -> Any:
@@ -613,31 +717,60 @@ class EngineLoop:
             self.out.append((job, EngineFailed(f"the engine could not {what} the request: {one_line(error)}")))
         return None
 
-    # ── jobs that generate ──
+    # ── work between steps ──
 
     def submit(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> None:
         if sampling.seed is None:
             sampling = replace(sampling, seed=random.getrandbits(32))  # one for the whole job: a record of it runs again
-        if len(prompts) > MANY_PROMPTS:
-            self.calls.append((job, self.read_many(job, prompts, sampling, client)))
-            return
-        requests = self.guarded(job, "read", lambda: [self.prepare(job, prompt, sampling, client) for prompt in prompts])
-        self.enqueue(job, prompts, sampling, requests or [])
+        self.work.put(client, Work(job, client, "read", self.read(job, prompts, sampling, client)))
 
-    def read_many(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> Iterator[None]:
-        """One prompt between two steps: to tokenize hundreds takes seconds."""
-        requests = []
+    def call(self, job: int, name: str, arguments: dict[str, Any], client: str = "") -> None:
+        self.work.put(client, Work(job, client, "answer", CALLS[name](self.backend, **arguments)))
+
+    def catch_up(self) -> None:
+        """Do what is to be done beside steps, in turns by client: while somebody waits for a step, as long as steps have taken."""
+        if not self.active:
+            self.credit = self.SHARE_S
+        while self.work and (self.credit > 0 or not (self.active or self.waiting)):
+            began = time.monotonic()
+            work = self.work.take()
+            for value in self.guarded(work.job, work.what, lambda: [*itertools.islice(work.pieces, 1)]) or ():  # noqa: B023
+                if value is None:
+                    self.work.put(work.client, work)  # more to do; the others first
+                elif isinstance(value, Pooling):
+                    self.pool.jobs[work.job] = value
+                else:
+                    self.out.append((work.job, Answer(value)))
+            self.credit -= time.monotonic() - began
+
+    # ── jobs that generate ──
+
+    def read(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> Iterator[None]:
+        """One prompt at a time: to tokenize hundreds takes seconds."""
+        requests: list[Request] = []
+        ends = self.check_ids(sampling)
         for prompt in prompts:
+            if requests:
+                yield None
             requests.append(self.prepare(job, prompt, sampling, client))
-            yield None
-        self.enqueue(job, prompts, sampling, requests)
+            requests[-1].ends = ends
+        told = asdict(replace(sampling, constraint=None)) if any(prompt.details for prompt in prompts) else {}
+        told.pop("constraint", None)
+        for at, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+            first = at * sampling.n
+            request.siblings = range(first + 1, first + sampling.n)
+            self.waiting.put(client, Choice(request, first))
+            if prompt.details:
+                own = {name: value for name in told if not isinstance(value := getattr(request.sampling, name), tuple)}
+                self.out.append((job, Details(request.text, list(request.ids), told | own)))
 
-    def enqueue(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, requests: list[Request]) -> None:
-        for at, request in enumerate(requests):
-            first, *request.siblings = [Choice(request, at * sampling.n + i) for i in range(sampling.n)]
-            self.waiting.append(first)
-            if prompts[at].details:
-                self.out.append((job, Details(request.text, request.ids, asdict(request.sampling))))
+    def check_ids(self, sampling: Sampling) -> frozenset[int]:
+        """Refuses tokens that the model does not have. Returns those that end a completion."""
+        for name, tokens in (("logit_bias", dict(sampling.logit_bias)), ("stop_token_ids", sampling.stop_token_ids)):
+            if tokens and max(tokens) >= self.backend.vocabulary:
+                last = self.backend.vocabulary - 1
+                raise Refused(f"'{name}' names token {max(tokens)}, but the ids end at {last}.", name)
+        return ends_of(sampling, self.backend.eos)
 
     def prepare(self, job: int, prompt: Prompt, sampling: Sampling, client: str) -> Request:
         """Token ids, and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
@@ -655,11 +788,6 @@ class EngineLoop:
         if sampling.max_tokens is not None and sampling.max_tokens > room and not sampling.cut:
             asked = f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they"
             raise too_long(asked, "exceed", context)
-        for token, _ in sampling.logit_bias:
-            if token >= self.backend.vocabulary:
-                raise Refused(
-                    f"'logit_bias' names token {token}, but the ids end at {self.backend.vocabulary - 1}.", "logit_bias"
-                )
         defaults = FALLBACK | self.backend.defaults
         sampling = replace(
             sampling,
@@ -667,17 +795,20 @@ class EngineLoop:
             max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
         )
-        return Request(job, client, text, ids, hidden, sampling, self.backend.eos, chat if chat and chat.syntax else None)
+        kept = text if sampling.echo or prompt.details else ""
+        return Request(
+            job, client, kept, array("i", ids), hidden, sampling, self.backend.eos, chat=chat if chat and chat.syntax else None
+        )
 
     def read_prompt(self, prompt: Prompt, sampling: Sampling) -> tuple[Chat | None, str, list[int], int]:
         """What the template makes of a conversation; (…, text, token ids, how many of them the tokenizer added in front)."""
-        prepare = getattr(self.backend.template, "prepare", None)
-        if prompt.messages is None or prepare is None:
-            return None, *encode(self.backend, prompt)
-        chat: Chat = prepare(prompt, sampling)
-        if not getattr(self.backend, "SPECIAL_IN_GRAMMAR", True):
+        chat = prompt.chat
+        if prompt.messages is not None and hasattr(self.backend.template, "prepare"):  # no workshop has done it
+            chat = self.backend.template.prepare(prompt, sampling)
+            prompt = replace(prompt, messages=None, text=chat.text, rendered=True)
+        if chat and not getattr(self.backend, "SPECIAL_IN_GRAMMAR", True):
             chat = self.without_special(chat)
-        return chat, *encode(self.backend, replace(prompt, messages=None, text=chat.text), chat=True)
+        return chat, *encode(self.backend, prompt, sampling.scores_prompt)
 
     def without_special(self, chat: Chat) -> Chat:
         """For an engine whose grammars cannot speak of special tokens: what of a request's grammar does not need them."""
@@ -693,19 +824,26 @@ class EngineLoop:
             return replace(chat, whole_grammar=None)
         return replace(chat, later=chat.whole_grammar is not None and not plain(chat.think_end))
 
-    def next_waiting(self) -> Choice:
+    def next_waiting(self) -> Choice | None:
         """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""
         running = Counter(choice.request.client for choice in self.active.values())
-        choice = min(self.waiting, key=lambda c: (running[c.request.client], self.turns.get(c.request.client, 0)))
-        self.waiting.remove(choice)
+        able = [client for client, line in self.waiting.lines.items() if self.pace.allows(line[0].request.sampling.grammar)]
+        if not able and self.active:
+            return None
+        client = min(able or self.waiting.lines, key=lambda client: (running[client], self.turns.get(client, 0)))
+        choice = self.waiting.take(client)
+        self.pace.began(choice.request.sampling.grammar)
         if len(self.turns) > 10_000:
             self.turns.clear()
-        self.turns[choice.request.client] = next(self.clock)
+        self.turns[client] = next(self.clock)
         return choice
 
     def admit(self) -> None:
+        self.catch_up()
         while self.waiting and len(self.active) < self.backend.slots:
             choice = self.next_waiting()
+            if choice is None:
+                break
             request, sampling = choice.request, choice.request.sampling
             assert sampling.seed is not None
             if sampling.max_tokens == 0 and not sampling.scores_prompt:  # a mere echo needs no engine
@@ -716,7 +854,7 @@ class EngineLoop:
             own = replace(sampling, seed=(sampling.seed + choice.index) % (2**32 - 1), n=1)
             if choice.thinking and choice.thinking.pending:
                 own = replace(own, grammar=None)
-            started = self.guarded(request.job, "start", lambda: self.backend.start(request.ids, own))  # noqa: B023
+            started = self.guarded(request.job, "start", lambda: self.backend.start(list(request.ids), own))  # noqa: B023
             if started is None:
                 continue
             seq, cached = started
@@ -760,7 +898,7 @@ class EngineLoop:
             min_tokens=max(0, sampling.min_tokens - choice.taken),
         )
         thinking.started_again()
-        started = self.guarded(request.job, "start", lambda: self.backend.start(ids, own))
+        started = self.guarded(request.job, "start", lambda: self.backend.start(list(ids), own))
         if started is not None:
             self.active[started[0]] = choice
 
@@ -769,34 +907,40 @@ class EngineLoop:
         deltas = choice.take(step, self.backend)
         self.out += [(choice.request.job, delta) for delta in deltas]
         if choice.request.siblings:
-            self.waiting.extendleft(reversed(choice.request.siblings))
-            choice.request.siblings = []
+            siblings, choice.request.siblings = choice.request.siblings, range(0)
+            self.waiting.put_first(choice.request.client, [Choice(choice.request, index) for index in siblings])
         return deltas[-1].finish is not None
 
     def cancel(self, job: int) -> None:
-        self.waiting = deque(c for c in self.waiting if c.request.job != job)
-        self.calls = deque(c for c in self.calls if c[0] != job)
+        self.waiting.keep(lambda choice: choice.request.job != job)
+        self.work.keep(lambda work: work.job != job)
         self.pool.jobs.pop(job, None)
         for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
             del self.active[seq]
             self.backend.cancel(seq)
 
-    # ── calls that generate nothing ──
 
-    def call(self, job: int, name: str, arguments: dict[str, Any]) -> None:
-        self.calls.append((job, CALLS[name](self.backend, **arguments)))
+class GrammarPace:
+    """A grammar that an engine does not know yet takes it a while to compile, in which nobody gets a token: not one after another."""
 
-    def advance_call(self) -> None:
-        if not self.calls:
+    PAUSE_S, KNOWN = 0.5, 256
+
+    def __init__(self) -> None:
+        self.known: dict[int, None] = {}  # hashes, the latest last
+        self.next = 0.0
+
+    def allows(self, grammar: str | None) -> bool:
+        return grammar is None or hash(grammar) in self.known or time.monotonic() >= self.next
+
+    def began(self, grammar: str | None) -> None:
+        if grammar is None:
             return
-        job, work = self.calls.popleft()
-        for value in self.guarded(job, "answer", lambda: [*itertools.islice(work, 1)]) or ():
-            if value is None:
-                self.calls.append((job, work))  # more to do; the others first
-            elif isinstance(value, Pooling):
-                self.pool.jobs[job] = value
-            else:
-                self.out.append((job, Answer(value)))
+        if hash(grammar) not in self.known:
+            self.next = time.monotonic() + self.PAUSE_S
+        self.known.pop(hash(grammar), None)
+        self.known[hash(grammar)] = None
+        if len(self.known) > self.KNOWN:
+            del self.known[next(iter(self.known))]
 
 
 @dataclass(slots=True, eq=False)
@@ -869,11 +1013,11 @@ def known(backend: Backend, ids: Any) -> Any:
     return ids
 
 
-def encode(backend: Backend, prompt: Prompt, chat: bool = False) -> tuple[str, list[int], int]:
-    """(text, token ids, how many of them the tokenizer added in front). `chat`: the text is what a template has made."""
-    if prompt.messages is not None or chat:
-        text = backend.template.render(prompt) if not chat else prompt.text or ""
-        if len(text) // 32 > backend.context:  # tool calls and the like count too
+def encode(backend: Backend, prompt: Prompt, hidden: bool = False) -> tuple[str, list[int], int]:
+    """(text, token ids, how many of them the tokenizer added in front where `hidden` asks for that)."""
+    if prompt.messages is not None or prompt.rendered:
+        text = rendered(backend, prompt)
+        if len(text) // CHARACTERS > backend.context:  # tool calls and the like count too
             raise too_long("the prompt", "is far longer than", backend.context)
         return text, known(backend, backend.tokenize(text, False)), 0
     if prompt.tokens is not None:
@@ -882,14 +1026,21 @@ def encode(backend: Backend, prompt: Prompt, chat: bool = False) -> tuple[str, l
         return data.decode("utf-8", "replace"), list(prompt.tokens), 0
     text = prompt.text or ""
     ids = known(backend, backend.tokenize(text, True))
-    plain = backend.tokenize(text, False)
-    return text, ids, 1 if len(ids) > len(plain) and ids[0] == backend.bos else 0
+    plain = len(backend.tokenize(text, False)) if hidden and ids[:1] == [backend.bos] else len(ids)
+    return text, ids, 1 if len(ids) > plain else 0
+
+
+def rendered(backend: Backend, prompt: Prompt) -> str:
+    """The text of a conversation: the workshop's, or that of a template which is the binding's own."""
+    return backend.template.render(prompt) if prompt.messages is not None else prompt.text or ""
 
 
 def call_tokenize(backend: Backend, prompt: Prompt, add_special: bool, pieces: bool) -> Iterator[dict[str, Any]]:
     if prompt.least_tokens() > 4 * backend.context:
         raise too_long("the text", "is far longer than", backend.context)
-    text = rendered(backend, prompt) if prompt.messages is not None else prompt.text or ""
+    text = rendered(backend, prompt)
+    if len(text) // CHARACTERS > 4 * backend.context:
+        raise too_long("the text", "is far longer than", backend.context)
     ids = backend.tokenize(text, add_special)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": backend.context}
     if pieces:
@@ -903,11 +1054,6 @@ def call_detokenize(backend: Backend, tokens: Sequence[int]) -> Iterator[str]:
 
 def call_render(backend: Backend, prompt: Prompt) -> Iterator[str]:
     yield rendered(backend, prompt)
-
-
-def rendered(backend: Backend, prompt: Prompt) -> str:
-    prepare = getattr(backend.template, "prepare", None)
-    return prepare(prompt, Sampling()).text if prepare else backend.template.render(prompt)
 
 
 def call_embed(
@@ -1045,27 +1191,31 @@ def backend_class(name: str, task: str = "generate") -> type[Backend]:
     return found
 
 
-def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
+def public(reason: str) -> str:
+    """A reason as anybody may read it: one line without control characters, of every path only the last name."""
+    text = re.sub(r"\w+://\S+", "the upstream", reason)
+    text = re.sub(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^/\\\s:'\"]+)*[/\\](?=[^/\\\s:'\"])", "", text)
+    return "".join(char if char.isprintable() else " " for char in text)[:300]
+
+
+def run_engine(conn: Connection, spec: EngineSpec) -> None:
     """The engine process's main. Tells the server how the load goes, then runs the loop."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group; the server ends us in its own order
-        signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=log_level, format=LOG_FORMAT, stream=sys.stderr)
 
     def tell(kind: str, payload: Any) -> None:
         try:
-            conn.send((kind, payload))
+            conn.send_bytes(pack(kind, payload))
         except OSError:
             os._exit(0)  # the server is gone
 
     try:
-        backend = backend_class(spec.backend, spec.task)(spec, lambda fraction: tell("progress", fraction))
+        backend = backend_class(spec.backend, spec.task)(spec, lambda fraction: tell("progress", float(fraction)))
     except Exception as error:
         log.debug("load failed", exc_info=True)
         tell("failed", f"{spec.path}: {one_line(error)}")
         return
     backend.context = min(backend.context, spec.length or backend.context)
     if spec.tool_syntax:
-        backend.template.tool_syntax = spec.tool_syntax  # type: ignore[attr-defined]
+        backend.template.choose(spec.tool_syntax)  # type: ignore[attr-defined]
     info = EngineInfo(
         backend=spec.backend,
         library=backend.library,
@@ -1076,17 +1226,14 @@ def run_engine(conn: Connection, spec: EngineSpec, log_level: int) -> None:
         fingerprint=fingerprint(spec, backend.library, backend.slots, backend.threads),
         placement=getattr(backend, "placement", ""),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
-        syntax=getattr(backend.template, "about", {}),
+        recipe=getattr(backend.template, "recipe", ()),
         defaults=FALLBACK | backend.defaults,
     )
-    tell("ready", info)
+    tell("ready", asdict(info))
     gc.collect()
     gc.freeze()  # what was loaded stays: no collection walks it again between two steps
     EngineLoop(conn, backend).run()
     backend.close()
-
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def fingerprint(spec: EngineSpec, *settings: object) -> str:
@@ -1121,6 +1268,8 @@ class Job:
         self.engine, self.number, self.client = engine, number, client
         self.open = choices  # choices that have not finished; changed by the producer only
         self.running = False
+        self.order: Order | None = None  # what the workshop does for it first
+        self.posted = False  # it is on its way to the engine, or there
         self.queue: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()  # None: wake up
         self.sink: Sink | None = None
         self.turn = threading.Lock()  # guards sink, and with it whose turn the stream is
@@ -1176,6 +1325,16 @@ def displaced(jobs: Iterable[Job], client: str) -> Job:
     return max(waiting, key=lambda job: (counts[job.client], job.number))
 
 
+class Timeouts(NamedTuple):
+    """Seconds."""
+
+    prepare: float = 5.0  # what the workshop may take for one request
+    load: float = 1800.0  # what an engine may take to be ready
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
 class Jobs:
     """What the server keeps of an engine, whichever kind it is: its jobs, and whether it lives.
 
@@ -1183,14 +1342,23 @@ class Jobs:
     every job has had its EngineFailed, and late-comers get it from admit().
     """
 
-    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
+    def __init__(
+        self,
+        spec: EngineSpec,
+        max_jobs: float,
+        patience: float,
+        on_change: Callable[[Any], None],
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    ):
         self.spec, self.max_jobs, self.patience, self.on_change = spec, max_jobs, patience, on_change
         self.info: EngineInfo | None = None
         self.progress = 0.0  # of loading, 0..1
         self.dead: str | None = None
+        self.hangs = False  # it has work, says nothing and does not compute
         self.jobs: dict[int, Job] = {}
         self.lock = threading.Lock()  # guards jobs and dead
         self.numbers = itertools.count()
+        self.workshop = Workshop("prepare:Preparation", timeouts.prepare)
 
     @property
     def ready(self) -> bool:
@@ -1209,8 +1377,49 @@ class Jobs:
             self.drop(loser)
             loser.put(QueueFull())
 
+    def syntax(self) -> dict[str, Any]:
+        """What the workshop has found of tool calls and reasoning in the template; {}: it has not looked, or there is none."""
+        learnt = self.workshop.learnt
+        found: dict[str, Any] = json.loads(learnt[1:] or b"{}") if learnt[:1] == b"+" else {}
+        return found
+
     def drop(self, job: Job) -> None:
         raise NotImplementedError
+
+    def prepare(self, job: Job, order: tuple[Any, ...], constraint: Any, done: Callable[[bytes], None], setup: bool) -> None:
+        """Let the workshop work on an order (see prepare.py) for an admitted job, which is told where that fails."""
+
+        def make() -> bytes:
+            return pickle.dumps(order, pickle.HIGHEST_PROTOCOL)
+
+        def answered(answer: bytes) -> None:
+            kind, rest = answer[:1], answer[1:]
+            if kind == b"+":
+                return done(rest)
+            failed(Refused(*json.loads(rest)) if kind == b"-" else EngineFailed(rest.decode("utf-8", "replace")))
+
+        def failed(error: Exception) -> None:
+            self.drop(job)
+            job.put(error)
+
+        def came_to_nothing(stage: str, why: str) -> None:
+            if stage == "constraint" and constraint:
+                where = constraint[2]
+                failed(Refused(f"'{where}' cannot be honoured: what it asks for {why}.", where, "unsupported_constraint"))
+            elif stage:
+                failed(Refused(f"The model's chat template cannot render these messages: it {why}.", "messages"))
+            else:
+                failed(EngineFailed(f"the request's preparation {why}"))
+
+        job.order = Order(job.client, make, answered, came_to_nothing, setup)
+        try:
+            self.workshop.put(job.order)
+        except Closed:
+            self.drop(job)
+            raise EngineFailed(self.dead or "the engine is being ended") from None
+        except RuntimeError:  # no more threads: the job's place must not stay taken
+            self.drop(job)
+            raise
 
     def tell(self) -> None:
         try:
@@ -1239,18 +1448,77 @@ class Jobs:
             return not self.jobs
 
 
-class Engine(Jobs):
-    """An engine process, and the jobs that run in it. One that has jobs and is silent for `patience` seconds is killed."""
+class Outbox:
+    """Messages on their way to an engine, each of one job. Bounded in bytes; what has not been sent can be taken back."""
 
-    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
-        super().__init__(spec, max_jobs, patience, on_change)
-        self.heard = time.monotonic()  # when the engine last said anything
-        self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # pickled messages; None ends the writer
-        context = multiprocessing.get_context("spawn")
-        self.conn, child = context.Pipe()
-        self.process = context.Process(target=run_engine, args=(child, spec, log.getEffectiveLevel()), daemon=True)
-        self.process.start()
-        child.close()  # ours is the only other end now: its death is our EOF
+    LIMIT = 64 << 20  # bytes; one message may be longer
+
+    def __init__(self) -> None:
+        self.messages: deque[tuple[int, bytes]] = deque()
+        self.size = 0
+        self.closed = False
+        self.change = threading.Condition()
+
+    def put(self, job: int, data: bytes, bounded: bool = True) -> None:
+        """Raises QueueFull."""
+        with self.change:
+            if bounded and self.messages and self.size + len(data) > self.LIMIT:
+                raise QueueFull
+            self.messages.append((job, data))
+            self.size += len(data)
+            self.change.notify()
+
+    def take_back(self, job: int) -> bool:
+        """False: it is gone."""
+        with self.change:
+            kept = deque(message for message in self.messages if message[0] != job)
+            found = len(kept) < len(self.messages)
+            self.messages, self.size = kept, sum(len(data) for _, data in kept)
+            return found
+
+    def get(self) -> bytes | None:
+        """Waits for the next; None: there will be none."""
+        with self.change:
+            while not self.messages and not self.closed:
+                self.change.wait()
+            if not self.messages:
+                return None
+            _, data = self.messages.popleft()
+            self.size -= len(data)
+            return data
+
+    def close(self) -> None:
+        with self.change:
+            self.closed = True
+            self.change.notify_all()
+
+
+class Engine(Jobs):
+    """An engine process, and the jobs that run in it.
+
+    One that has jobs, says nothing and does not compute either hangs: after HANGS_S no more is promised of it, after ENDS_S
+    it is killed. One that computes may be silent for `patience` seconds.
+    """
+
+    QUIET_S, HANGS_S, ENDS_S = 1.5, 5.0, 15.0  # a living one says something every second
+    MESSAGE = 256 << 20  # bytes: it says nothing longer
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        max_jobs: float,
+        patience: float,
+        on_change: Callable[[Any], None],
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    ):
+        super().__init__(spec, max_jobs, patience, on_change, timeouts)
+        self.load_timeout = timeouts.load
+        self.born = self.heard = time.monotonic()  # when the engine last said anything
+        self.outbox = Outbox()
+        self.why = ""  # it was killed
+        self.child = Child(run_engine, spec)
+        self.conn, self.process = self.child.conn, self.child.process
+        self.pulse = Pulse(self.process.pid)
         self.gone = threading.Event()
         self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
         try:
@@ -1263,30 +1531,72 @@ class Engine(Jobs):
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "", model: str = "") -> Job:
         """Choice i of prompt p has the index p * n + i. Slots are shared out fairly among clients. `model` is for upstreams."""
-        return self.enter(client, len(prompts) * sampling.n, "submit", tuple(prompts), sampling, client)
+        return self.enter(client, len(prompts) * sampling.n, prompts, sampling, "submit", tuple(prompts), sampling, client)
 
     def call(self, name: str, arguments: dict[str, Any], client: str = "", model: str = "") -> Job:
         """One of CALLS; the job's only event is an Answer."""
-        return self.enter(client, 1, "call", name, arguments)
+        prompts = [one for value in arguments.values() for one in (value if isinstance(value, (list, tuple)) else [value])]
+        prompts = [one for one in prompts if isinstance(one, Prompt)]
+        if len(arguments.get("tokens", ())) > 4 * self.context:
+            raise too_long("the text", "is far longer than", self.context)
+        return self.enter(client, 1, prompts, Sampling(), "call", name, arguments, client)
 
-    def enter(self, client: str, choices: int, kind: str, *arguments: Any) -> Job:
-        number = next(self.numbers)
+    @property
+    def context(self) -> int:
+        assert self.info is not None
+        return self.info.context
+
+    def enter(
+        self, client: str, choices: int, prompts: Sequence[Prompt], sampling: Sampling, kind: str, *arguments: Any
+    ) -> Job:
+        """A job for a message. What the message costs is known to be bounded when it has been admitted."""
+        assert self.info is not None
+        job = Job(self, next(self.numbers), choices, client)
+        message = (kind, job.number, *arguments)
+        for prompt in prompts:
+            if prompt.least_tokens() > self.context * (1 if kind == "submit" else 4):
+                raise too_long("the prompt", "is far longer than", self.context)
+        render = bool(self.info.recipe) and any(prompt.messages is not None for prompt in prompts)
+        if render or sampling.constraint:
+            self.admit(job)
+            order = ("message", self.context if kind == "submit" else 4 * self.context, render, message)
+            self.prepare(job, order, sampling.constraint, lambda data: self.post_prepared(job, data), render)
+            return job
         try:
-            message = ForkingPickler.dumps((kind, number, *arguments))
+            data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         except RecursionError:
             raise Refused("The request is nested too deeply.") from None
-        if not self.jobs:
-            self.heard = time.monotonic()  # it had nothing to say until now
-        job = Job(self, number, choices, client)
         self.admit(job)
-        self.outbox.put(message)
+        try:
+            self.post(job, data)
+        except QueueFull:
+            self.drop(job)
+            raise
         return job
+
+    def post(self, job: Job, data: bytes) -> None:
+        """Send a job's message, unless it has been dropped meanwhile. Raises QueueFull."""
+        with self.lock:
+            if job.number in self.jobs:
+                self.outbox.put(job.number, data)
+                job.posted = True
+
+    def post_prepared(self, job: Job, data: bytes) -> None:
+        try:
+            self.post(job, data)
+        except QueueFull as error:
+            self.drop(job)
+            job.put(error)
 
     def drop(self, job: Job) -> None:
         with self.lock:
             known = self.jobs.pop(job.number, None)
-        if known:
-            self.outbox.put(ForkingPickler.dumps(("cancel", job.number)))
+        if not known:
+            return
+        if job.order:
+            self.workshop.drop(job.order)
+        if job.posted and not self.outbox.take_back(job.number):
+            self.outbox.put(job.number, pickle.dumps(("cancel", job.number)), bounded=False)
 
     def write(self) -> None:
         """The only sender: a handler must not wait for an engine that is inside a long step."""
@@ -1300,47 +1610,83 @@ class Engine(Jobs):
         reason = f"{self.spec.path}: the engine process ended"
         while True:
             try:
-                kind, payload = pickle.loads(self.conn.recv_bytes())
+                kind, payload = unpack(self.conn.recv_bytes(self.MESSAGE))
+                self.heard = time.monotonic()
+                if kind == "events":
+                    self.deliver(itertools.starmap(unpack_event, payload))
+                    continue
+                if kind == "failed":
+                    reason = str(payload)
+                    continue
+                if kind == "ready":
+                    self.be_ready(EngineInfo(**payload))
+                    reason = "the engine process ended"
+                self.progress = float(payload) if kind == "progress" else 1.0
             except (EOFError, OSError):
                 break
-            self.heard = time.monotonic()
-            if kind == "events":
-                self.deliver(payload)
-                continue
-            if kind == "failed":
-                reason = payload
-                continue
-            if kind == "ready":
-                self.info, reason = payload, "the engine process ended"
-            self.progress = payload if kind == "progress" else 1.0
+            except Exception as error:  # whatever a broken or taken over process may send
+                self.end("the engine has sent what is no message of its own", error)
+                break
             self.tell()
         self.process.join(10)
         if self.process.is_alive():
             self.process.kill()
             self.process.join(10)
-        if self.process.exitcode:
+        if self.why:
+            reason = self.why
+        elif self.process.exitcode:
             reason += f" ({describe_exit(self.process.exitcode)})"
         with self.lock:
             self.dead = reason
             jobs, self.jobs = list(self.jobs.values()), {}
         self.tell()  # before its jobs: a client that has got a 500 may ask for /health at once
         for job in jobs:
-            job.put(EngineFailed(reason))
+            job.put(EngineFailed(public(reason)))
         self.gone.set()
-        self.outbox.put(None)
-        self.conn.close()
+        self.outbox.close()
+        self.workshop.close()
+        self.child.close()
+
+    def be_ready(self, info: EngineInfo) -> None:
+        self.info = info
+        if info.recipe:
+            self.workshop.setup = pickle.dumps(("template", *info.recipe), pickle.HIGHEST_PROTOCOL)
+            self.workshop.warm()
 
     def watch(self) -> None:
         while not self.gone.wait(1):
-            self.check_silence(self.patience + 1)
+            self.look_after()
 
-    def check_silence(self, limit: float) -> None:
-        """An engine that has work and has said nothing for so long hangs; a living one says something every second."""
-        if self.ready and self.jobs and time.monotonic() - self.heard > limit:
-            log.error("the engine has said nothing for %.0f s: killing it", limit)
-            self.kill()
+    def look_after(self) -> None:
+        now = time.monotonic()
+        if self.info is None:
+            if now - self.born > self.load_timeout:
+                self.end(f"{self.spec.path}: not loaded within {self.load_timeout:g} s (--load-timeout)")
+            return
+        with self.lock:
+            owes = any(job.posted for job in self.jobs.values())
+        if not owes:
+            self.heard = now  # it has nothing to say
+        silent, still = now - self.heard, 0.0
+        if not owes or silent < self.QUIET_S:
+            self.pulse.rest()
+        else:
+            still = self.pulse.still()
+        if (still > self.HANGS_S) != self.hangs:
+            self.hangs = not self.hangs
+            log.warning("the engine %s", "is silent and does not compute: it hangs" if self.hangs else "goes on")
+        if still > self.ENDS_S:
+            self.end(f"the engine hung: it did nothing for {still:.0f} s")
+        elif owes and silent > self.patience + 1:
+            self.end(f"the engine said nothing for {silent:.0f} s (--engine-silence)")
 
-    def deliver(self, events: list[tuple[int, Event]]) -> None:
+    def end(self, why: str, error: Exception | None = None) -> None:
+        """Kill it; `why` is what its jobs are told."""
+        self.why = self.why or why
+        log.error("%s: killing it%s", why, f" ({type(error).__name__}: {public(str(error))})" if error else "")
+        self.process.kill()
+
+    def deliver(self, events: Iterable[tuple[int, Event]]) -> None:
         for number, event in events:
             job = self.jobs.get(number)
             if job is None:
@@ -1366,14 +1712,9 @@ class Engine(Jobs):
         """End the process: politely, then not. One that is still loading would not listen."""
         if self.info is None:
             self.process.kill()
-        self.outbox.put(ForkingPickler.dumps(("close",)))
+        self.workshop.close()
+        self.outbox.put(-1, pickle.dumps(("close",)), bounded=False)
         self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
             self.process.join(5)
-
-
-def describe_exit(code: int) -> str:
-    if code < 0:
-        return f"signal {-code}, {signal.strsignal(-code)}" if hasattr(signal, "strsignal") else f"signal {-code}"
-    return f"exit status {code}"

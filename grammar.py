@@ -551,12 +551,35 @@ def ebnf_grammar(text: str) -> str:
             rules[name] = reader.grammar.states(_few_states(term, rules))
         elif plain and _repeats_twice(term, rules) and Automaton(rules=rules).widest(term) > MAX_PLACES:
             rules[name] = reader.grammar.states(States(term, rules))
+    for name, term in list(rules.items()):
+        rules[name] = _in_sixteens(term)
     if root.text not in flat and Automaton(rules=rules).widest(root) > MAX_PLACES:
         raise Unsupported("text that may be read in so many ways at once is not supported")
     return reader.grammar.text(root)
 
 
-MAX_PLACES, MAX_MASKS = 150, 24
+MAX_PLACES, MAX_MASKS, CHUNK = 150, 24, 16
+
+
+def _in_sixteens(term: Term) -> Term:
+    """Repetitions counted in sixteens, and sixteens of these, where there are many: xgrammar takes seconds a token for [..]{0,500}."""
+    if not has(term, "rep"):
+        return term
+    parts = tuple(map(_in_sixteens, term.parts))
+    if term.op != "rep":
+        return Term(term.op, term.text, parts, term.ranges, term.low, term.high)
+    return _counted(parts[0], term.low, term.high)
+
+
+def _counted(part: Term, low: int, high: int | None) -> Term:
+    if low > 2 * CHUNK:
+        rest = low % CHUNK
+        many = _counted(rep(part, CHUNK, CHUNK), low // CHUNK, low // CHUNK)
+        return seq(many, rep(part, rest, rest), _counted(part, 0, None if high is None else high - low))
+    if high is not None and high - low > 2 * CHUNK:
+        turns = (high - low - CHUNK + 1) // CHUNK  # the rest is at least fifteen, so that no count is left out
+        return seq(_counted(rep(part, CHUNK, CHUNK), 0, turns), _counted(part, low, high - turns * CHUNK))
+    return rep(part, low, high)
 
 
 def _few_states(term: Term, rules: dict[str, Term]) -> States:
@@ -587,12 +610,12 @@ def _begun(part: Term, rules: dict[str, Term], length: int) -> Term:
 
 def _repeats_twice(term: Term, rules: dict[str, Term]) -> bool:
     """Whether one repetition stands in another, or two in a row: only these may be read in many ways."""
-    count = 0
-    stack = [(term, 0)]
+    count, seen, stack = 0, set[str](), [term]
     while stack and count < 2:
-        one, depth = stack.pop()
-        if one.op == "ref" and depth < 50:
-            stack.append((rules[one.text], depth + 1))
+        one = stack.pop()
+        if one.op == "ref" and one.text not in seen:
+            seen.add(one.text)
+            stack.append(rules[one.text])
         count += one.op == "rep"
-        stack += [(part, depth) for part in one.parts]
+        stack += one.parts
     return count > 1

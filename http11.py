@@ -589,9 +589,11 @@ class Connection(socketserver.BaseRequestHandler):
     # ── writing ──
 
     def write(self, data: bytes) -> None:
-        if self.begun:
-            data, self.begun = data.removeprefix(self.begun), b""
-        self.connection.sendall(data)
+        sent = self.write_now(data) if self.can_write_now() else 0
+        if sent < len(data):
+            self.server.seats.hush(self.seat)  # one that does not read may have to make room, too
+            self.connection.sendall(data[sent:])
+            self.server.seats.busy(self.seat)
 
     def can_write_now(self) -> bool:
         """Is the socket plain, and its file number one that never waits? (Python makes it so for a timeout.)"""
@@ -599,13 +601,10 @@ class Connection(socketserver.BaseRequestHandler):
 
     def write_now(self, data: bytes) -> int:
         """Write what the socket takes without waiting: how many bytes. For whatever thread has the stream's turn."""
-        begun = len(self.begun)
         try:
-            sent = os.write(self.connection.fileno(), data[begun:])  # socket.send would wait for as long as the timeout
+            return os.write(self.connection.fileno(), data)  # socket.send would wait for as long as the timeout
         except OSError:  # full; or reset, which the next write() tells
             return 0
-        self.begun = b""
-        return begun + sent
 
     def common_headers(self) -> list[tuple[str, str]]:
         """Headers that every reply has beside those that HTTP asks for."""
@@ -623,7 +622,7 @@ class Connection(socketserver.BaseRequestHandler):
             lines.append("Connection: close")
         elif self.request_version == "HTTP/1.0":
             lines.append("Connection: keep-alive")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")[len(self.begun) :]
 
     def reply_bytes(self, status: int, body: bytes, kind: str, headers: Iterable[tuple[str, str]] = ()) -> None:
         """A whole reply; `kind` is its Content-Type."""

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 from regular import EMPTY, Bound, Regex, Term, Unsupported, matches, pattern_term
 
-MAX_DEPTH = 64
+MAX_DEPTH, MAX_MEMBERS = 64, 2_000
 
 
 # ---- formats: those that are asserted; any other is an annotation
@@ -189,6 +189,8 @@ def _checked(given: Any, path: str) -> dict[str, Any]:
             refuse(word, path, "has a value out of range")
         if word in ("anyOf", "oneOf", "allOf", "enum") and not value:
             refuse(word, path, "is empty, so nothing satisfies it")
+        if len(value) > MAX_MEMBERS if allowed in (_LIST, _MAP) and word != "enum" else False:
+            refuse(word, path, f"of more than {MAX_MEMBERS} members is not supported")
     if not all(isinstance(name, str) for name in required_of(node)):
         refuse("required", path, "has a value of the wrong type")
     if node.get("multipleOf", 1) <= 0:
@@ -565,18 +567,18 @@ def unknown_words(schema: Any) -> dict[str, str]:
     """The places of what a schema says that constrains nothing, because nobody knows it; with the word that was perhaps meant, or ""."""
     found: dict[str, str] = {}
     todo: list[tuple[str, Any]] = [("", schema)]
-    known = CONSTRAINING | _NOTES
+    known = {word.lower(): word for word in CONSTRAINING | _NOTES}
     while todo and len(found) < 1_000:
         path, node = todo.pop()
         for word in node if isinstance(node, dict) else ():
             place = f"{path}.{word[:60]}" if path else word[:60]
-            if word not in known:
-                close = difflib.get_close_matches(word, known, 1, 0.85)
-                found[place] = close[0] if close else ""
+            if word not in CONSTRAINING | _NOTES:
+                close = difflib.get_close_matches(word.lower(), known, 1, 0.85)
+                found[place] = known[close[0]] if close else ""
             elif word == "format" and node[word] not in FORMATS:
                 found[place] = ""
             elif word == "required" and isinstance(node[word], bool):
-                found[place] = "required of the schema around it, with the property's name"
+                found[place] = "a list"
         todo += [(f"{path}.{step}" if path else step, sub) for step, sub in _inside(node)]
     return found
 

@@ -55,6 +55,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(event)
 
 
+FORMS = (TextLines, JsonLines)
+
+
+def start_like(level: int, form: logging.Formatter | None) -> None:
+    """In a process of ours: as the server does."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(form or TextLines(2000))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
 def start(level: str, form: str = "text", most: int = 2000) -> None:
     """Log to stderr. `form`: text or json; `most`: characters of a message."""
     handler = LogHandler(sys.stderr)

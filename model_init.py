@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from backends import BACKENDS, LACKS, WITH_EMBEDDINGS
 from catalog import LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
-from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, log
+from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, Timeouts, log, public
 from model_files import leads_out
 from tool_syntax import KNOWN
 from upstream import Upstream, without_user
@@ -217,6 +217,15 @@ def add_limit_args(group: argparse._ArgumentGroup) -> None:
         help="requests that may wait for a slot, -1: any number (default 32)")  # fmt: skip
     add("--request-timeout", type=seconds, default=600.0, metavar="S",
         help="longest answer; between two chunks when streaming (default 600)")  # fmt: skip
+    add("--load-timeout", type=seconds, default=1800.0, metavar="S", help="longest load of a model (default 1800)")
+    add("--engine-silence", type=seconds, default=300.0, metavar="S",
+        help="an engine that computes and says nothing for so long is started anew (default 300)")  # fmt: skip
+    add("--prepare-timeout", type=seconds, default=5.0, metavar="S",
+        help="longest time to render a chat template and to compile a constraint (default 5)")  # fmt: skip
+    add("--max-choices", type=whole(1, 1 << 20), default=512, metavar="N", help="prompts times n of one request (default 512)")
+    add("--max-stop-ids", type=whole(0, 1 << 16), default=256, metavar="N", help="stop_token_ids of one request (default 256)")
+    add("--max-constraint", type=whole(1, 1 << 30), default=200_000, metavar="CHARS",
+        help="characters of one schema, regex, grammar or list of choices (default 200000)")  # fmt: skip
 
 
 # The other flags of exllamav3's model_init (1.6.5), "-short --long", those that take a value first.
@@ -340,8 +349,7 @@ def init(args: argparse.Namespace) -> Models:
         return EngineSpec(
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
-            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or "", options=tuple(args.exllamav3),
-            task=model.task,
+            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or "", options=tuple(args.exllamav3), task=model.task,
             flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 
@@ -350,8 +358,14 @@ def init(args: argparse.Namespace) -> Models:
         make_spec,
         Limits(
             max_jobs=float("inf") if args.max_queue < 0 else args.max_parallel + args.max_queue,
-            patience=args.request_timeout,
+            patience=args.engine_silence,
             load_wait=profile.load_wait,
+            longest_wait=args.request_timeout,
+            load_timeout=args.load_timeout,
+            prepare_timeout=args.prepare_timeout,
+            choices=args.max_choices,
+            stop_ids=args.max_stop_ids,
+            constraint=args.max_constraint,
             max_loaded=args.max_loaded_models,
             idle_unload=args.idle_unload,
             switch_deadline=args.switch_deadline,
@@ -511,8 +525,14 @@ class Limits:
     """What Models may do."""
 
     max_jobs: float = 40  # requests per model, running and waiting
-    patience: float = 600.0  # seconds: an engine with work that says nothing for so long hangs
-    load_wait: float | None = None  # seconds that a request waits for its model; None: for an only model `patience`, else 0
+    patience: float = 300.0  # seconds: an engine with work that computes and says nothing for so long is ended
+    load_wait: float | None = None  # seconds that a request waits for its model; None: for an only model `longest_wait`, else 0
+    longest_wait: float = LONG
+    load_timeout: float = 1800.0  # seconds that a model may take to be loaded
+    prepare_timeout: float = 5.0  # seconds that the workshop may take for one request
+    choices: int = 512  # prompts times n of a request
+    stop_ids: int = 256  # of a request
+    constraint: int = 200_000  # characters of a request's constraint
     max_loaded: int = 1
     idle_unload: float = 0.0  # seconds without work after which a model leaves memory; 0: never
     switch_deadline: float = 30.0  # seconds that a busy model goes on taking requests while another is asked for
@@ -538,6 +558,10 @@ class Life:
         self.comes_back = False  # it is loaded because another could not be
         self.pause, self.born, self.restart_at = 0.0, 0.0, 0.0
         self.restarts = 0  # how often an engine of it has died and been replaced
+
+    @property
+    def hangs(self) -> bool:
+        return self.engine is not None and self.engine.hangs
 
     def move(self, state: str) -> None:
         if state not in MOVES[self.state]:
@@ -670,7 +694,7 @@ class Models:
     def load_wait(self) -> float:
         if self.limits.load_wait is not None:
             return self.limits.load_wait
-        return self.limits.patience if len(self.catalog.models()) == 1 else 0.0
+        return self.limits.longest_wait if len(self.catalog.models()) == 1 else 0.0
 
     def life(self, model: Model) -> Life:
         life = self.lives.setdefault(model.life, Life(model))
@@ -748,7 +772,7 @@ class Models:
     @property
     def ready(self) -> bool:
         """Can a request be taken? A model that is unloaded on purpose can: asking for it brings it back."""
-        states = {life.model.life: life.state for life in list(self.lives.values())}
+        states = {life.model.life: "failed" if life.hangs else life.state for life in list(self.lives.values())}
         if self.switch or not {"loading", "draining"}.isdisjoint(states.values()):
             return "loaded" in states.values()
         return any(states.get(model.life) != "failed" for model in self.catalog.models().values())
@@ -803,8 +827,9 @@ class Models:
             if link := leads_out(spec.path):
                 raise UsageError(f"{link} is a link that leads out of the model's folder")
             kind: type[AnyEngine] = Upstream if spec.backend in UPSTREAMS else Engine
+            limits, timeouts = self.limits, Timeouts(self.limits.prepare_timeout, self.limits.load_timeout)
             life.engine = kind(
-                spec, self.limits.max_jobs, self.limits.patience, lambda engine: self.engine_changed(life, engine)
+                spec, limits.max_jobs, limits.patience, lambda engine: self.engine_changed(life, engine), timeouts
             )
             log.info("loading %s with %s", without_user(spec.path), spec.backend)
         except Exception as error:  # no file numbers, no memory, no thread left: later, maybe
@@ -816,7 +841,7 @@ class Models:
         """A load came to nothing. Under the lock."""
         log.error("%s", reason)
         life.move("failed")
-        life.failure = self.last_error = reason
+        life.failure = self.last_error = public(reason)
         if self.switch and self.switch.target is life:
             victim, self.switch = self.switch.victim, None
             if victim.state in ("unloaded", "failed"):
@@ -877,7 +902,7 @@ class Models:
         now = time.monotonic()
         pause = 0.0 if now - life.born > 30 else life.pause
         life.pause = min(60.0, max(1.0, pause * 2))
-        life.failure = self.last_error = reason
+        life.failure = self.last_error = public(reason)
         leaves = self.switch is not None and self.switch.victim is life  # another is about to take its place
         # A request waits for an engine that comes back at once; otherwise it is told.
         life.move("loading" if engine.info and pause <= 2 and not leaves else "failed")

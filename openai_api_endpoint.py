@@ -75,6 +75,7 @@ from api_request import (
     Field,
     capabilities,
     chat_prompt,
+    check_limits,
     check_together,
     constraint_of,
     parse_json,
@@ -158,6 +159,9 @@ class Handler(Connection):
             self.server.metrics.count("refused_total", told.code or "invalid_request")
         if self.streaming:
             return self.end_stream(self.rendering.failed(told) if self.rendering else sse(told.body()) + DONE)
+        if self.status:  # it has been answered: a second reply would be taken for the next request's
+            self.close_connection = True
+            return
         self.close_connection |= told.close
         self.reply(*self.error_face(told), told.headers)
         if self.close_connection and self.unread != 0:
@@ -266,8 +270,8 @@ class Handler(Connection):
     def get_capabilities(self) -> None:
         models, model = self.server.models, self.queried_model()
         life = models.lives.get(model.id)
-        info = life.engine.info if life and life.engine else None
-        found = {"template": info.syntax} if info and info.syntax else {}  # known once the model is loaded
+        syntax = life.engine.syntax() if life and life.engine else {}
+        found = {"template": syntax} if syntax else {}  # known once the model is loaded
         self.reply(200, capabilities(models.backend(model), TABLES) | found)
 
     def get_tokenizer_info(self) -> None:
@@ -398,6 +402,7 @@ class Handler(Connection):
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
             refuse_lacking("return_prompt", "inside", self.server.models.backend(self.model))
+        check_limits(values, len(prompts), self.server.models.limits)
         if told or self.server.record:
             prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
@@ -417,7 +422,7 @@ class Handler(Connection):
             sampling.logprobs is not None,
             constraint_of(values),
             promised=promised(prompts[0]),
-            reasons=shape is CHAT_SHAPE and bool(job.engine.info.syntax.get("reasoning")),
+            reasons=shape is CHAT_SHAPE and bool(job.engine.syntax().get("reasoning")),
             hide_reasoning=values.get("include_reasoning") is False,
             functions="functions" in values and "tools" not in values,
         )
@@ -687,7 +692,6 @@ class Generation:
             if self.handler.left:
                 raise PeerGone
             if self.clock and now - self.clock > patience and not (streaming and (events or self.unsent)):
-                self.job.engine.check_silence(patience * 0.9)
                 raise ApiError(504, f"No answer within {patience:g} s (--request-timeout).", code="timeout")
             if self.unsent:
                 unsent, self.unsent = self.unsent, b""
@@ -1232,7 +1236,7 @@ def banner(server: Server, engine: AnyEngine) -> str:
     placed = f", {info.placement}" if info.placement else ""
     return f"""
   {name}
-  {info.library}{inside}, {info.slots} slots{cache}{placed}{template_line(info.syntax)}
+  {info.library}{inside}, {info.slots} slots{cache}{placed}{template_line(engine.syntax())}
 {listening(server)}"""
 
 
@@ -1258,11 +1262,17 @@ def listening(server: Server) -> str:
     names = list(server.models.catalog.models().values())
     asked = names and (len(names) > 1 or server.models.limits.absent == "refuse")
     model = f'"model":"{server.models.catalog.public(names[0])}",' if asked else ""
+    path, body = {
+        "embed": ("/v1/embeddings", '"input":["The cat sat on the mat.","A cat was sitting on a rug."]'),
+        "rerank": ("/v1/rerank", '"query":"Where is the cat?","documents":["On the mat.","In 1789."]'),
+    }.get(names[0].task if names else "", (
+        "/v1/chat/completions", f'"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}'
+    ))  # fmt: skip
     return f"""\
   listening on {where}  ({"a chat, in a browser; " if server.page else ""}OpenAI base_url: {url}/v1)
 
-  {curl}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{{model}"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}}}'
+  {curl}{path} -H 'Content-Type: application/json' \\
+    -d '{{{model}{body}}}'
 """
 
 

@@ -64,6 +64,8 @@ class Calls(Fences):
                 yield from self.call()
             except Leaves:
                 self.mark = None if own else self.mark
+                if self.calls == before and self.was_cut and self.at >= len(self.text):
+                    return True  # it was cut before its name was known: half a mark is no content
                 if self.calls == before:  # it has not begun: what stands here is something else
                     self.at = start
                     return found
@@ -86,6 +88,9 @@ class Calls(Fences):
             if literal == "]":
                 self.listed = False
             if not literal:
+                rest = self.text[self.at :]
+                if self.was_cut and any(one.startswith(rest) for one in (*syntax.closers, *self.openers)):
+                    self.at = end = len(self.text)  # half a mark
                 break
             if literal in ",;":
                 return True

@@ -23,10 +23,12 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from engine import (
+    DEFAULT_TIMEOUTS,
     UPSTREAMS,
     Delta,
     EngineFailed,
@@ -38,6 +40,7 @@ from engine import (
     Refused,
     Sampling,
     Started,
+    Timeouts,
     TokenLogprob,
     log,
 )
@@ -144,8 +147,15 @@ class Upstream(Jobs):
     Our clients never see where it is.
     """
 
-    def __init__(self, spec: EngineSpec, max_jobs: float, patience: float, on_change: Callable[[Any], None]):
-        super().__init__(spec, max_jobs, patience, on_change)
+    def __init__(
+        self,
+        spec: EngineSpec,
+        max_jobs: float,
+        patience: float,
+        on_change: Callable[[Any], None],
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    ):
+        super().__init__(spec, max_jobs, patience, on_change, timeouts)
         url = urlsplit(spec.path)
         self.secure, self.host, self.port = url.scheme == "https", url.hostname or "localhost", url.port
         self.base = url.path.rstrip("/").removesuffix("/v1") + "/v1"
@@ -163,6 +173,24 @@ class Upstream(Jobs):
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "", model: str = "") -> Job:
         """`model`: which of the upstream's, where it serves several."""
+        job = UpstreamJob(self, next(self.numbers), len(prompts) * sampling.n, client)
+        if sampling.constraint is None:
+            self.launch(job, prompts, sampling, model)
+            return job
+
+        def launch(grammar: bytes) -> None:
+            try:
+                self.launch(job, prompts, replace(sampling, constraint=None, grammar=grammar.decode()), model)
+            except (Refused, RuntimeError) as error:
+                self.drop(job)
+                job.put(error if isinstance(error, Refused) else UpstreamFailed("no thread is left", 503))
+
+        self.admit(job)
+        self.prepare(job, ("grammar", sampling.constraint), sampling.constraint, launch, setup=False)
+        return job
+
+    def launch(self, job: UpstreamJob, prompts: Sequence[Prompt], sampling: Sampling, model: str) -> None:
+        """Start what asks the upstream. Raises Refused, RuntimeError, and what admit() raises for a job that is new."""
         assert self.info is not None
         path, body = request_body(prompts, sampling, model or self.info.models[0])
         if "extensions" in UPSTREAMS[self.spec.backend]:
@@ -173,8 +201,7 @@ class Upstream(Jobs):
             data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         except RecursionError:
             raise Refused("The request is nested too deeply.") from None
-        job = UpstreamJob(self, next(self.numbers), len(prompts) * sampling.n, client)
-        return self.enter(
+        self.enter(
             job, self.base + path, data,
             lambda connection, reply: self.reader.add(self.reply(connection, reply, job, sampling, len(data))),
         )  # fmt: skip
@@ -204,7 +231,8 @@ class Upstream(Jobs):
 
     def enter(self, job: UpstreamJob, path: str, data: bytes, take: Take) -> Job:
         """`take` has a connection with a reply of status 200 from then on, and ends the job."""
-        self.admit(job)
+        if job.order is None:  # whose constraint has been prepared is here already
+            self.admit(job)
         try:
             threading.Thread(target=self.run, args=(job, path, data, take), name="upstream-job", daemon=True).start()
         except RuntimeError:  # no more threads: the job's place must not stay taken
@@ -216,17 +244,17 @@ class Upstream(Jobs):
         with self.lock:
             known = self.jobs.pop(job.number, None)
         if isinstance(known, UpstreamJob):
+            if known.order:
+                self.workshop.drop(known.order)
             known.hang_up()
             self.slots.wake()
-
-    def check_silence(self, limit: float) -> None:
-        """Its silence is its own: the request gets its 504."""
 
     def kill(self) -> None:
         self.close()
 
     def close(self) -> None:
         self.gone.set()
+        self.workshop.close()
         with self.lock:
             jobs = list(self.jobs.values())
         for job in jobs:
@@ -282,6 +310,7 @@ class Upstream(Jobs):
             self.dead = reason
             jobs = list(self.jobs.values()) if closed else []
         self.gone.set()
+        self.workshop.close()
         self.tell()
         for job in jobs:  # vLLM, told to stop, waits for its streams without another byte
             job.put(UpstreamFailed(reason))  # first: its thread, once hung up, says only that it broke off
@@ -459,6 +488,7 @@ def ask_tokenize(prompt: Prompt, add_special: bool, pieces: bool) -> Asked:
         body["prompt"] = prompt.text
     else:
         body |= {"messages": list(prompt.messages), "add_generation_prompt": prompt.generation_prompt}
+        body |= {"tools": list(prompt.tools)} if prompt.tools else {}
         body |= {"continue_final_message": True} if prompt.continue_final else {}
         body |= {"chat_template_kwargs": prompt.template_kwargs} if prompt.template_kwargs else {}
 

@@ -1,9 +1,14 @@
 """A scripted backend: a token is a byte, and the prompt says what is to happen. For scheduling and faults."""
 
+import gc
 import os
+import pickle
 import struct
 import time
+from multiprocessing.connection import Connection
+from pathlib import Path
 
+from chat_syntax import ChatTemplate
 from engine import Step
 
 CONTEXT, EOS = 2000, 0
@@ -12,7 +17,8 @@ CONTEXT, EOS = 2000, 0
 class Scripted:
     """`echo TEXT` says TEXT and ends; `forever` says x; `die`, `raise`, `hang` do so in the third step; `badstart`, `badencode`.
 
-    In the folder spec.path: while a file `hold` exists no step is made; every call is appended to `log`.
+    In the folder spec.path: while a file `hold` exists no step is made, while `spin` exists neither, and it computes; every call
+    is appended to `log`.
     """
 
     def __init__(self, spec, progress):
@@ -55,6 +61,8 @@ class Scripted:
     def step(self):
         while os.path.exists(f"{self.folder}/hold"):
             time.sleep(0.002)
+        while os.path.exists(f"{self.folder}/spin"):
+            pass
         time.sleep(0.001)
         for verb, _, count in self.live.values():
             if next(count) == 2 and verb in ("die", "raise", "hang"):
@@ -104,3 +112,30 @@ class Embedding(Scripted):
     def embed(self, inputs):
         self.note("embed")
         yield [struct.pack("<f", len(given.ids)) for given in inputs]
+
+
+class Templated(Scripted):
+    """With the chat template that stands in the file `template` of its folder."""
+
+    def __init__(self, spec, progress):
+        super().__init__(spec, progress)
+        self.template = ChatTemplate(Path(spec.path, "template").read_text(), "", "")
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+class TakenOver(Scripted):
+    """It has got hold of the pipe, and sends what runs where it is unpickled."""
+
+    def __init__(self, spec, progress):
+        super().__init__(spec, progress)
+        for pipe in [one for one in gc.get_objects() if isinstance(one, Connection) and one.writable and not one.closed]:
+            pipe.send_bytes(pickle.dumps(("events", [Touch(f"{spec.path}/touched")])))

@@ -61,7 +61,10 @@ def one_line(text):
         (["-m", "@ir"], "openvino_tokenizer.xml"),
         (["-m", "@ir_full", "--backend", "llamacpp"], "openvino can"),
         (["-m", "@demo", "-H", "256.1.1.1"], "cannot listen"),
-        (["-m", "@demo", "--backend", "llamacpp", "--device", "cuda"], "--device needs --backend openvino or transformers"),
+        (
+            ["--models-dir", "@empty", "--backend", "llamacpp", "--device", "cuda"],
+            "--device needs --backend openvino or transformers",
+        ),
         (["-m", "@demo", "--backend", "openvino", "-ngl", "3"], "--gpu-layers needs --backend llamacpp"),
         (["-m", "@demo", "--tensor-split", "a,1"], "number from 0"),
         (["-m", "@demo", "--alias", "x=y"], "no model 'x'"),

@@ -17,8 +17,9 @@ from test_upstream import Far, reply
 
 from backends import missing_library
 from catalog import Incomplete, UsageError, choose_backend, find_model, models_in
-from engine import Answer, EngineFailed, EngineSpec, Pool, Pooling, Tokens
+from engine import Answer, EngineFailed, EngineSpec, Pool, Pooling, Tokens, backend_class
 from model_files import folder_task, gguf_task, read_pooling
+from openai_api_endpoint import listening
 
 WORDS = [
     "the",
@@ -163,6 +164,7 @@ def test_it_is_listed_as_what_it_is_and_refuses_to_chat(real):
     ):
         error = refused(real, path, body, "model")
         assert error["code"] == "unsupported_task" and card["id"] in error["message"] and "/v1/embeddings" in error["message"]
+    assert "/v1/embeddings -H" in listening(real.server)  # the banner's example
     assert refused(real, "/apply-template", {"messages": [{"role": "user", "content": "Hi"}]}, "messages")
 
 
@@ -587,7 +589,22 @@ def test_other_upstreams_are_not_asked(far, backend):
         assert not far.bodies
 
 
-# ────────────────────────────────────────────── the demo's other engine ──────────────────────────────────────────
+# ─────────────────────────────────────────── the demo, as what it is not ─────────────────────────────────────────
+
+
+def test_a_causal_model_that_embeds(demo):
+    """Its pooling is llama.cpp's, over a KV cache that all inputs of a batch share: the same as what --embeddings gives."""
+    need("llamacpp")
+    given = [Tokens([*range(50, 50 + n)]) for n in (3, 90, 40)]
+    made = {task: backend_class("llamacpp", task) for task in ("generate", "embed")}
+    found = []
+    for task, kind in made.items():
+        backend = kind(EngineSpec("llamacpp", str(demo.path), 2, 0, 512, embeddings=True, task=task), lambda fraction: None)
+        for _ in range(2):  # the second time over what the first has left
+            *_, together = backend.embed(given)
+        found.append([memoryview(vector).cast("f").tolist() for vector in together])
+        backend.close()
+    assert apart(*found) < 2e-3 and apart(found[0][:1], found[0][1:2]) > 1e-2
 
 
 def test_a_gguf_that_generates_embeds_nothing_on_openvino(demo):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import serve_many, serve_scripted, until
@@ -258,6 +259,16 @@ def test_a_model_that_is_not_in_memory_is_waited_for(chromium, tmp_path):
         tab.until(lambda: "Loading two" in tab.text(".turn.assistant .note"))
         (served.at["two"] / "slow").unlink()
         assert tab.answered() == "at last"
+
+
+def test_models_that_do_not_chat_are_not_offered(chromium, tmp_path):
+    with serve_many(tmp_path, ["embedder", "one"]) as served:
+        served.server.page = read_page()
+        found = served.models.catalog.found
+        found["embedder"] = replace(found["embedder"], task="embed")
+        tab = Tab(chromium, served.url)
+        tab.until(lambda: tab.text("#model .name") == "one")
+        assert tab.js("models.map(each => each.id)") == ["one"]
 
 
 def test_settings_are_sent_and_refused_by_name(tab):

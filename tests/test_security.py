@@ -120,6 +120,13 @@ def test_no_header_of_a_reply_can_be_broken(scripted):
     assert b"X-Odd: a  X-Evil: 1 \r\n" in raw(scripted, GET)
 
 
+def test_never_two_replies_to_one_request(tmp_path):
+    with serve_scripted(tmp_path, record=str(tmp_path / "record")) as served:
+        served.server.note_request = lambda *_: 1 / 0
+        out = raw(served, sized(body("echo x")) + GET)
+        assert statuses(out) == [200] and out.endswith(b"}")
+
+
 # ── as early as it can be ──
 
 
@@ -271,6 +278,24 @@ def test_who_is_being_answered_does_not_make_room(tmp_path):
         streams[0].close()
         until(lambda: len(served.server.seats.taken) == 1)
         assert served.request("GET", "/health")[0] == 200
+
+
+def test_who_does_not_read_makes_room(tmp_path):
+    with serve_scripted(tmp_path, limits=HttpLimits(connections=2, per_address=100), access=Access()) as served:
+        socks = []
+        for i in range(2):
+            socks.append(socket.socket())
+            socks[i].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            socks[i].connect((served.host, served.port))
+            socks[i].setblocking(False)
+            stuck = 0
+            while stuck < 20:  # until no request is read any more, since no reply is
+                try:
+                    stuck = 0 * socks[i].send(GET * 1000)
+                except BlockingIOError:
+                    stuck += 1
+                    time.sleep(0.05)
+        assert served.chat("echo in")[0] == 200
 
 
 def test_one_address_makes_room_for_itself(tmp_path):
@@ -624,6 +649,8 @@ def certificate(folder, name):
 
 def over_tls(served, cert, data=GET, **options):
     context = ssl.create_default_context(cafile=cert)
+    if "minimum_version" in options:
+        context.set_ciphers("ALL:@SECLEVEL=0")  # or this side would refuse it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TLS that is too old, which is what is tried
         for name, value in options.items():

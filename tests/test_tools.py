@@ -125,6 +125,10 @@ def test_what_leaves_the_syntax_stays_content(served, said):
 def test_a_call_that_is_cut_is_not_called_whole(served):
     choice = ask(served, CALL, tools=TOOLS, max_tokens=len(CALL) - 20)[1]
     assert choice["finish_reason"] == "length" and choice["message"]["tool_calls"][0]["function"]["name"] == "f"
+    assert choice["message"]["content"] is None
+    for cut in range(12, len(CALL)):  # half a mark is no content
+        choice = ask(served, TWO, tools=TOOLS, max_tokens=len(CALL) + 1 + cut)[1]
+        assert choice["message"]["content"] is None and len(choice["message"]["tool_calls"]) <= 2
     choice = ask(served, CALL[:-20], tools=TOOLS)[1]  # it ended by itself, in the middle
     assert choice["finish_reason"] == "length"
     choice = ask(served, CALL, tools=TOOLS, stop=['"a"'])[1]

@@ -125,9 +125,9 @@ def test_text_offset_in_a_stream_goes_on():
 
 
 def test_a_cut_constraint_is_never_a_stop():
-    done = completion(constraint=Constraint("", lambda text: None if text == "ok" else "wrong"))
+    done = completion(constraint=Constraint("choice", ["ok"], "structured_outputs"))
     assert done.add(Delta(0, "o", 1, "stop")).finish == "length"
-    done = completion(constraint=Constraint("", lambda text: None if text == "ok" else "wrong"))
+    done = completion(constraint=Constraint("choice", ["ok"], "structured_outputs"))
     done.add(Delta(0, "o", 1))
     assert done.add(Delta(0, "k", 1, "stop")).finish == "stop"
 

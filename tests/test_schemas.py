@@ -1,0 +1,175 @@
+"""What schemas mean, seen from both sides: the texts that a grammar takes and the values that the check lets through.
+
+The JSON Schema Test Suite is looked for at JSON_SCHEMA_TEST_SUITE (a checkout, or the folder `json` of the jsonschema package's sdist).
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+from typing import Any
+
+import pytest
+
+import constraints as c
+from grammar import Gbnf
+from regular import Automaton
+
+
+def taker(grammar: str) -> Any:
+    """Whether a text is in a grammar, found out by this project's own automaton over the EBNF: no engine."""
+    reader = Gbnf(c.ebnf_grammar(grammar), core=True)
+    root = reader.read()
+
+    def takes(text: str) -> bool:
+        automaton = Automaton(10_000_000, reader.grammar.rules)
+        state = automaton.start(root)
+        for char in text:
+            state = automaton.step(state, ord(char))
+        return 0 in state
+
+    return takes
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+FLAG = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+# (schema, texts that satisfy it, texts that do not)
+MEANINGS: list[tuple[Any, list[str], list[str]]] = [
+    (FLAG | {"required": ["a"]}, ['{"a":1}', '{"b":2,"a":1}', '{"x":[],"a":1,"y":null}'], ['{"b":2}', '{"a":"1"}', '{"a":1,"b":"x"}']),
+    (FLAG | {"additionalProperties": False}, ["{}", '{"b":1,"a":2}'], ['{"c":1}']),
+    (FLAG | {"additionalProperties": {"type": "null"}}, ['{"c":null,"a":1}'], ['{"a":null}', '{"c":1}']),
+    ({"allOf": [FLAG, {"required": ["c"]}], "additionalProperties": {"type": "string"}}, ['{"c":"x"}'], ['{"c":1}', '{"a":1,"c":"x"}']),
+    ({"anyOf": [{"required": ["a"]}, {"required": ["b"]}], **FLAG}, ['{"a":1}', '{"b":1}'], ["{}", '{"c":1}', '{"a":""}']),
+    ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}], **FLAG}, ['{"a":1}', '{"b":1,"c":2}'], ["{}", '{"a":1,"b":1}']),
+    ({"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 2}]}, ["1", "2.5", "-7"], ["3", "1.5"]),
+    ({"not": {"type": ["string", "object"]}}, ["1", "null", "[]", "true"], ['"x"', "{}"]),
+    ({"not": {"enum": ["a", 1, None]}, "type": ["string", "integer", "null"]}, ['"b"', "2", '""'], ['"a"', "1", "null"]),
+    ({"not": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}, "type": "object"}, ["{}", '{"a":"x"}'], ['{"a":1}']),
+    ({"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": {"required": ["v"]}, "else": {"maxProperties": 1}, "type": "object"},
+     ['{"k":"x","v":1}', '{"k":"y"}', "{}"], ['{"k":"x"}', '{"k":"y","v":1}']),
+    ({"dependentRequired": {"a": ["b"]}, **FLAG}, ["{}", '{"b":1}', '{"b":1,"a":1}'], ['{"a":1}']),
+    ({"dependencies": {"a": {"properties": {"b": {"const": 7}}}}, **FLAG}, ['{"b":1}', '{"a":1,"b":7}'], ['{"a":1,"b":1}']),
+    ({"type": "object", "patternProperties": {"^s_": {"type": "string"}, "n$": {"maxLength": 1}}, "additionalProperties": False},
+     ['{"s_":"long"}', '{"s_n":"x"}', '{"n":5}'], ['{"s_":1}', '{"s_n":"xy"}', '{"x":1}', '{"s_n":1}']),
+    ({"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}}, ['{"ab":1}'], ['{"A":1}', '{"":1}']),
+    ({"type": "object", "properties": {"a": {}, "b": {}}, "additionalProperties": False, "minProperties": 1, "maxProperties": 1}, ['{"b":1}'], ["{}", '{"a":1,"b":1}']),
+    ({"type": "array", "contains": {"const": 1}}, ["[1]", "[0,1,2]"], ["[]", "[0]"]),
+    ({"type": "array", "contains": {"type": "integer"}, "minContains": 2, "maxContains": 2}, ["[1,2]", '[1,"a",2]'], ["[1]", "[1,2,3]"]),
+    ({"type": "array", "items": {"enum": ["a", "b", "c"]}, "uniqueItems": True}, ['["c","a"]', "[]"], ['["a","a"]']),
+    ({"type": "array", "items": [{"type": "null"}, {"type": "integer"}], "additionalItems": False}, ["[]", "[null]", "[null,1]"], ["[1]", "[null,1,2]"]),
+    ({"type": "array", "prefixItems": [{"type": "null"}], "items": {"type": "integer"}, "minItems": 2}, ["[null,1]", "[null,1,2]"], ["[null]", "[1,1]"]),
+    ({"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 3}, ['"ab"', '"abc"'], ['"a"', '"abcd"', '"AB"']),
+    ({"type": "string", "pattern": "a.*b|c", "maxLength": 4}, ['"xaby"', '"c"'], ['"ba"', '"aaaab"']),
+    ({"allOf": [{"pattern": "a"}, {"pattern": "b"}, {"not": {"pattern": "c"}}], "type": "string"}, ['"ab"', '"b-a"'], ['"a"', '"abc"']),
+    ({"type": "string", "pattern": r"^\p{Lu}[^\s\d]$"}, ['"Éé"', '"A-"'], ['"é1"', '"A "']),
+    ({"type": "number", "minimum": 0.5, "exclusiveMaximum": 2.25}, ["0.5", "1", "2.2499"], ["0.49", "2.25", "-1"]),
+    ({"type": "number", "minimum": 0, "exclusiveMinimum": True, "$schema": "http://json-schema.org/draft-04/schema#"}, ["0.1", "3"], ["0", "-1"]),
+    ({"type": "number", "multipleOf": 0.05, "minimum": 0}, ["0.15", "2", "0"], ["0.12", "0.051"]),
+    ({"type": "integer", "multipleOf": 7, "allOf": [{"multipleOf": 3}]}, ["0", "21", "-42"], ["7", "3"]),
+    ({"$ref": "#/$defs/a", "maxLength": 2, "$defs": {"a": {"type": "string"}}}, ['"ab"'], ['"abc"', "1"]),
+    ({"$ref": "#/definitions/a", "maxLength": 2, "definitions": {"a": {"type": "string"}}, "$schema": "http://json-schema.org/draft-07/schema#"}, ['"abc"'], ["1"]),
+    ({"$ref": "#here", "$defs": {"x": {"$anchor": "here", "type": "null"}}}, ["null"], ["1"]),
+    ({"$ref": "other", "$id": "http://x.example/root", "$defs": {"x": {"$id": "other", "type": "null"}}}, ["null"], ["1"]),
+    ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {"type": "null"}}, "type": "object", "required": ["a"]}, ['{"a":null}'], ['{"a":1}']),
+    ({"type": "object", "allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, ['{"a":1}', "{}"], ['{"b":1}']),
+    ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]}, ["[[null],[]]", "null"], ["[1]"]),
+    ({"type": "string", "maxlenght": 3, "x-foo": True, "format": "colour"}, ['"abcd"'], ["1"]),
+    ({"enum": [["a"], {"k": 1}, "x"], "type": ["array", "object"], "minItems": 1}, ['["a"]', '{"k":1}'], ['"x"']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema,good,bad", MEANINGS, ids=range(len(MEANINGS)))
+def test_meaning(schema: Any, good: list[str], bad: list[str]) -> None:
+    takes = taker(c.schema_grammar(schema))
+    assert [text for text in good if not takes(text)] == []
+    assert [text for text in bad if takes(text)] == []
+    assert [text for text in good if c.violation(schema, json.loads(text))] == []
+    assert [text for text in bad if not c.violation(schema, json.loads(text))] == []
+
+
+@pytest.mark.parametrize("schema,good,bad", MEANINGS, ids=range(len(MEANINGS)))
+def test_meaning_in_the_engines_own_matchers(schema: Any, good: list[str], bad: list[str]) -> None:
+    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tokens, grammar = llguidance.LLTokenizer("byte"), c.lark_grammar(c.schema_grammar(schema))
+
+    def takes(text: str) -> bool:
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+    assert [text for text in good if not takes(text)] == []
+    assert [text for text in bad if takes(text)] == []
+
+
+def test_strict_keeps_the_order_and_to_what_is_named() -> None:
+    takes = taker(c.schema_grammar(FLAG | {"required": ["a", "b"]}, strict=True))
+    assert takes('{"a":1,"b":2}')
+    assert not takes('{"b":2,"a":1}') and not takes('{"a":1,"b":2,"c":3}')
+
+
+def test_unknown_words_are_told() -> None:
+    schema = {
+        "x-foo": 1,
+        "properties": {"a": {"maxlenght": 3, "required": True}, "x-bar": {"format": "colour"}},
+        "$defs": {"d": {"minimun": 1}},
+    }
+    assert c.unknown_words(schema) == {
+        "x-foo": "",
+        "properties.a.maxlenght": "maxLength",
+        "properties.a.required": "a list",
+        "properties.x-bar.format": "",
+        "$defs.d.minimun": "minimum",
+    }
+
+
+def test_grammars_are_put_together() -> None:
+    one, two = (
+        c.prefixed(c.schema_grammar(schema), f"p{i}")
+        for i, schema in enumerate(({"type": "integer"}, {"items": {"$ref": "#"}, "type": "array"}))
+    )
+    takes = taker('root ::= "<" (rp0root | rp1root) ">"\n' + one + two)
+    assert takes("<12>") and takes("<[[],[]]>") and not takes("<true>")
+
+
+DRAFTS = {"draft4": 4, "draft6": 6, "draft7": 7, "draft2019-09": 2019, "draft2020-12": 2020}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_json_schema_test_suite(draft: str) -> None:
+    """Each schema of the required tests is honoured or refused by name, and no verdict is wrong."""
+    home = os.environ.get("JSON_SCHEMA_TEST_SUITE", "")
+    files = sorted(pathlib.Path(home).glob(f"**/tests/{draft}/*.json")) if home else []
+    if not files:
+        pytest.skip("JSON_SCHEMA_TEST_SUITE names no folder with the JSON Schema Test Suite")
+    counts: collections.Counter[str] = collections.Counter()
+    wrong = []
+    for file in files:
+        if file.stem == "format":  # says that formats are annotations; here those that are known are asserted
+            continue
+        for group in json.loads(file.read_text()):
+            counts["schemas"] += 1
+            label = f"{file.stem}: {group['description']}"
+            try:
+                takes = taker(c.schema_grammar(group["schema"], DRAFTS[draft]))
+            except c.Unsupported:
+                takes = None
+                counts["grammar refused"] += 1
+            for test in group["tests"]:
+                value, valid = test["data"], test["valid"]
+                try:
+                    said = c.violation(group["schema"], value, DRAFTS[draft]) is None
+                    counts["verdicts"] += 1
+                except c.Unsupported:
+                    counts["checks refused"] += 1
+                    said = valid
+                taken = takes(compact(value)) if takes else None
+                counts["valid instances outside the grammar"] += taken is False and valid
+                if said != valid or (taken and not valid):
+                    wrong.append(f"{label}: {test['description']}: check {said}, grammar {taken}, right is {valid}")
+    print(draft, dict(counts))
+    assert wrong == []
