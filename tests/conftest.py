@@ -115,8 +115,9 @@ def serve(models, ready=True, folder=None, **options):
         models.close()
 
 
-def serve_one(model, spec, max_jobs=40, limits=None, **options):
-    limits = model_init.Limits(**{"max_jobs": max_jobs, "patience": 60, "default": model.id} | (limits or {}))
+def serve_one(model, spec, max_jobs=40, lives=None, **options):
+    """`lives`: what of model_init.Limits is another; `options` are the server's."""
+    limits = model_init.Limits(**{"max_jobs": max_jobs, "patience": 60, "default": model.id} | (lives or {}))
     return serve(model_init.Models(model_init.Catalog(fixed=[model]), lambda model: spec, limits), **options)
 
 

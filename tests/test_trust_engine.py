@@ -59,7 +59,7 @@ TEMPLATE = TEMPLATE.replace("\n", "")
 def templated(folder, source=TEMPLATE, prepare_timeout=1.0, **options):
     (folder / "template").write_text(source)
     limits = {"prepare_timeout": prepare_timeout}
-    with serve_scripted(folder, kind="Templated", limits=limits, **options) as served:
+    with serve_scripted(folder, kind="Templated", lives=limits, **options) as served:
         yield served
 
 
@@ -509,7 +509,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from conftest import serve_scripted
 from pathlib import Path
 if __name__ == "__main__":
-    with serve_scripted(Path({folder!r}), kind="Templated", limits={{"prepare_timeout": 1e6}}) as served:
+    with serve_scripted(Path({folder!r}), kind="Templated", lives={{"prepare_timeout": 1e6}}) as served:
         engine = served.models.engine
         threading.Thread(target=served.chat, args=("loop",), daemon=True).start()
         while not (engine.workshop.child and engine.workshop.is_set_up and engine.workshop.since):
