@@ -51,6 +51,16 @@ class SpinningUp(ApiError):
         return {"object": "model.load", "status": "spinning_up"} | self.more
 
 
+def rename(error: ApiError, names: Iterable[tuple[str, str]]) -> None:
+    """A dialect's own word for the field to blame: `names` has (a field of the chat request, the dialect's), longer ones first."""
+    param = error.param or ""
+    for old, new in names:
+        if param == old or param.startswith((old + ".", old + "[")):
+            error.param = new + param[len(old) :]
+            error.message = error.message.replace(f"'{old}", f"'{new}")
+            return
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What the layers below raise, as a client sees it."""
     if isinstance(error, ApiError):

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from api_errors import ApiError
 from api_request import Constraint
@@ -29,29 +29,54 @@ def compact(value: Any) -> bytes:
     return ENCODER.encode(value).encode("utf-8", "replace")
 
 
-class Call:
-    """One tool call, assembled from its deltas."""
+@dataclass(slots=True)
+class Part:
+    """A run of one choice: text, reasoning, or one call with its arguments."""
 
-    def __init__(self, id: str, name: str):
-        self.id, self.name = id, name
-        self.arguments: list[str] = []
+    kind: str  # "content" | "reasoning" | "call"
+    pieces: list[str] = field(default_factory=list)
+    name: str = ""  # of a call, as its id
+    id: str = ""
 
-    def json(self) -> dict[str, Any]:
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": "".join(self.arguments)}}
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def call(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.text}}
 
 
 class Choice:
     """One choice, assembled from its deltas."""
 
     def __init__(self) -> None:
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
-        self.calls: list[Call] = []
+        self.parts: list[Part] = []  # in the order in which they came
         self.finish: str | None = None
         self.logprobs: list[TokenLogprob] = []
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for text_offset: characters may span tokens
         self.offset = 0  # characters of the tokens so far
+        self.stop = ""  # the stop string that ended it
         self.last_at = 0.0  # its last delta's, where gaps are counted
+
+    def add(self, delta: Delta) -> None:
+        if delta.kind == "call":
+            self.parts.append(Part("call", [], delta.text, delta.id))
+        elif delta.text:
+            if not self.parts or delta.kind not in (self.parts[-1].kind, "arguments"):
+                self.parts.append(Part(delta.kind))
+            self.parts[-1].pieces.append(delta.text)
+
+    def said(self, kind: str) -> str:
+        """All its text of one kind."""
+        return "".join(part.text for part in self.parts if part.kind == kind)
+
+    @property
+    def text(self) -> str:
+        return self.said("content")
+
+    @property
+    def calls(self) -> list[Part]:
+        return [part for part in self.parts if part.kind == "call"]
 
 
 @dataclass(slots=True)
@@ -69,7 +94,7 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int | None = 0  # None: the engine cannot tell, and the reply has no such member
     tokens: int = 0
-    reasoning_tokens: int = 0
+    reasoning_tokens: int = 0  # of them
     promised: dict[str, Any] = field(default_factory=dict)  # tools whose calls satisfy their schema: name → schema
     reasons: bool = False  # the model does, or may
     hide_reasoning: bool = False
@@ -90,43 +115,36 @@ class Completion:
         """Take a delta in; returns it as the client is to see it: `stop` only where a constraint holds."""
         choice = self.choices[delta.choice]
         self.tokens += delta.tokens
+        self.reasoning_tokens += delta.tokens if delta.kind == "reasoning" else 0
         self.first_at, self.last_at = self.first_at or delta.at, delta.at
+        choice.add(delta)
+        if delta.finish == "tool_calls" and (wrong := self.wrong_call(choice)):
+            log.info("%s: a call leaves its schema: %s", self.id, wrong)
+            delta = delta._replace(finish="length")
         if self.gaps and delta.tokens:
             if choice.last_at:
                 self.gaps.observe((delta.at - choice.last_at) / delta.tokens, delta.tokens)
             choice.last_at = delta.at
-        if delta.kind == "content":
-            choice.text.append(delta.text)
-        elif delta.kind == "reasoning":
-            choice.reasoning.append(delta.text)
-            self.reasoning_tokens += delta.tokens
-        elif delta.kind == "call":
-            choice.calls.append(Call(delta.id, delta.text))
-        else:
-            choice.calls[-1].arguments.append(delta.text)
-        if delta.finish == "tool_calls" and (wrong := self.wrong_call(choice)):
-            log.info("%s: a call leaves its schema: %s", self.id, wrong)
-            delta = delta._replace(finish="length")
         if delta.finish in ("stop", "cut"):
-            text, cut = "".join(choice.text), delta.finish == "cut"
+            text, cut = choice.text, delta.finish == "cut"
             wrong = self.constraint.fault(text, cut) if self.constraint else None
             if wrong:
                 log.info("%s: a stop string or token has cut a constrained text: %s", self.id, wrong)
             delta = delta._replace(finish="length" if wrong else "stop")
-        choice.finish = delta.finish
+        choice.finish, choice.stop = delta.finish, delta.stop
         return delta
-
-    def finishes(self) -> Iterable[str]:
-        """How each choice ended, for the counters."""
-        return [choice.finish or "aborted" for choice in self.choices]
 
     def wrong_call(self, choice: Choice) -> str | None:
         """What is wrong with a call that was promised to satisfy its schema; None where nothing is."""
         for call in choice.calls:
             schema = self.promised.get(call.name)
-            if schema is not None and (wrong := violation(schema, json.loads("".join(call.arguments)))):
+            if schema is not None and (wrong := violation(schema, json.loads(call.text))):
                 return wrong
         return None
+
+    def finishes(self) -> Iterable[str]:
+        """How each choice ended, for the counters."""
+        return [choice.finish or "aborted" for choice in self.choices]
 
     def usage(self) -> dict[str, Any]:
         details = (
@@ -211,14 +229,14 @@ def text_logprobs(choice: Choice, entries: Iterable[TokenLogprob]) -> dict[str, 
 
 
 def chat_content(completion: Completion, choice: Choice) -> dict[str, Any]:
-    text, reasoning = "".join(choice.text), "".join(choice.reasoning)
+    text, reasoning = choice.text, choice.said("reasoning")
     message: dict[str, Any] = {"role": "assistant", "content": text if text or not choice.calls else None, "refusal": None}
     if reasoning and not completion.hide_reasoning:
         message |= {"reasoning_content": reasoning, "reasoning": reasoning}
     if choice.calls and completion.functions:
-        message["function_call"] = choice.calls[0].json()["function"]
+        message["function_call"] = choice.calls[0].call()["function"]
     elif choice.calls:
-        message["tool_calls"] = [call.json() for call in choice.calls]
+        message["tool_calls"] = [part.call() for part in choice.calls]
     return {"message": message}
 
 
@@ -249,7 +267,7 @@ TEXT_SHAPE = Shape(
     "cmpl-",
     "text_completion",
     "text_completion",
-    lambda _, choice: {"text": "".join(choice.text)},
+    lambda _, choice: {"text": choice.text},
     text_logprobs,
     b"",
     b'"text":%s',
@@ -257,11 +275,24 @@ TEXT_SHAPE = Shape(
 )
 
 
+class Rendering(Protocol):
+    """How a route tells a completion: its deltas as a stream's events, or all of it at once. No socket: bytes and JSON.
+
+    Each delta goes through Completion.add first. `debug` holds further members of a reply, or none.
+    """
+
+    def opening(self) -> bytes: ...  # once the engine has taken the request, before the first delta
+    def delta(self, delta: Delta) -> bytes: ...  # empty where there is nothing to tell
+    def end(self, debug: dict[str, Any]) -> bytes: ...
+    def whole(self, debug: dict[str, Any]) -> dict[str, Any]: ...
+    def failed(self, error: ApiError) -> bytes: ...  # the end of a stream that cannot go on
+
+
 class Chunks:
     """The SSE events of one streamed completion. Only the text is serialized per chunk: the rest is the same in all."""
 
     def __init__(self, completion: Completion, include_usage: bool):
-        self.completion, self.shape = completion, completion.shape
+        self.completion, self.shape, self.include_usage = completion, completion.shape, include_usage
         head = {"id": completion.id, "object": self.shape.part, "created": completion.created, "model": completion.model}
         head["system_fingerprint"] = completion.fingerprint
         self.head = b"data: " + compact(head)[:-1] + b',"choices":['
@@ -323,12 +354,25 @@ class Chunks:
         """A chunk without choices."""
         return self.head + b"]," + compact(members)[1:] + b"\n\n"
 
+    def end(self, debug: dict[str, Any]) -> bytes:
+        last = self.last(**debug) if debug else b""
+        if self.include_usage:
+            last += self.last(usage=self.completion.usage(), timings=self.completion.timings())
+        return last + DONE
+
+    def whole(self, debug: dict[str, Any]) -> dict[str, Any]:
+        return self.completion.reply() | debug
+
+    def failed(self, error: ApiError) -> bytes:
+        return sse(error.body()) + DONE
+
 
 DONE = b"data: [DONE]\n\n"
 
 
-def sse(payload: Any) -> bytes:
-    return b"data: " + compact(payload) + b"\n\n"
+def sse(payload: Any, event: str = "") -> bytes:
+    name = b"event: %s\n" % event.encode() if event else b""
+    return name + b"data: " + compact(payload) + b"\n\n"
 
 
 def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:

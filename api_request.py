@@ -682,7 +682,7 @@ OPERATE = {
 }
 PROMPT_FIELDS = {
     "/chat/completions": "messages", "/embeddings": "input", "/tokenize": "content", "/detokenize": "tokens",
-    "/apply-template": "messages", "/rerank": "documents", "/v2/rerank": "documents", "/score": "text_2",
+    "/apply-template": "messages", "/responses": "input", "/messages": "messages", "/rerank": "documents", "/v2/rerank": "documents", "/score": "text_2",
 }  # fmt: skip
 ALIASES = {
     "repeat_penalty": "repetition_penalty",
@@ -696,7 +696,7 @@ INERT = (  # change nothing about an answer
 
 def forced(values: dict[str, Any]) -> bool:
     choice = values.get("tool_choice") or values.get("function_call")
-    return choice is not None and choice.mode == "required"
+    return isinstance(choice, ToolChoice) and choice.mode == "required"  # a dialect's own is read once it is a chat request's
 
 
 # What a value or two fields together need of the engine: (says, condition, field to blame, feature).
@@ -725,7 +725,7 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
     ignored: list[str] = []
     for sent, value in body.items():
         name = ALIASES.get(sent, sent)
-        if value is None or name in INERT:
+        if value is None or (name in INERT and name not in table):
             continue
         if name not in table:
             ignored.append(sent)
@@ -890,7 +890,7 @@ def sampling_from(values: dict[str, Any]) -> Sampling:
     )
 
 
-def capabilities(engine: str) -> dict[str, Any]:
+def capabilities(engine: str, bodies: dict[str, dict[str, Field]]) -> dict[str, Any]:
     """What GET /v1/capabilities says: for each route and field, whether this engine honours it, and which do."""
 
     def row(field_: Field) -> dict[str, Any]:
@@ -903,7 +903,7 @@ def capabilities(engine: str) -> dict[str, Any]:
             **free,
         }
 
-    tables = {f"/v1{path}": {name: row(f) for name, f in sorted(table.items())} for path, table in BODIES.items()}
+    tables = {f"/v1{path}": {name: row(f) for name, f in sorted(table.items())} for path, table in bodies.items()}
     together = {
         says.replace("`", ""): {"honoured": engine in engines_with(feature), "engines": engines_with(feature)}
         for says, _, _, feature in COMBINED

@@ -159,7 +159,7 @@ class ChatTemplate:
                     f"'tools' cannot be honoured where calls are forced: {error}", "tools", "unsupported_constraint"
                 ) from None
         inside = self.inside(prompt, text)
-        if inside and sampling.thinking_budget == 0:
+        if inside and (sampling.thinking_budget == 0 or prompt.lenient and prompt.effort == "none"):
             text, inside = f"{text}{syntax.think[1]}\n\n", False
         whole, grammar = self.with_reasoning(
             grammar, sampling.grammar is not None, neutral, inside, self.may_think(prompt, text)
@@ -234,7 +234,7 @@ class ChatTemplate:
         thinks = bool(syntax.think[1] or syntax.kinds)
         if switch.efforts and (prompt.effort != "none" or "none" in switch.efforts):
             kwargs["reasoning_effort"] = switch.effort(prompt.effort)
-        elif not switch.name and prompt.effort != ("medium" if thinks else "none"):
+        elif not switch.name and not prompt.lenient and prompt.effort != ("medium" if thinks else "none"):
             able = "always reasons, and has no switch for how much" if thinks else "does not reason"
             raise Refused(f"'reasoning_effort' cannot be {prompt.effort!r}: this model {able}.", "reasoning_effort")
         if switch.name:

@@ -68,6 +68,7 @@ class Prompt:
     callable: tuple[str, ...] | None = None  # the names that may be called; None: all of them
     parallel: bool = True  # several calls in one answer
     effort: str | None = None  # of reasoning: "none" … "xhigh"
+    lenient: bool = False  # the effort is a hint: a template without such a switch does not refuse it
     details: bool = False  # Details are wanted
     rendered: bool = False  # the text is what the template has made of messages
     chat: Chat | None = None  # and this all that it has made of them
@@ -174,6 +175,7 @@ class Delta(NamedTuple):  # the one that crosses for every token: a tuple is pic
     at: float = 0.0  # seconds on the engine's monotonic clock
     kind: str = "content"  # | "reasoning" | "call" | "arguments": what the text is a part of
     id: str = ""  # of a call that begins
+    stop: str = ""  # the stop string that ended the choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,7 @@ class EngineInfo:
     tokenizer: dict[str, str | None] = field(default_factory=dict)  # bos_token, eos_token, chat_template
     placement: str = ""  # which devices hold how much of it, where the library tells
     models: tuple[str, ...] = ()  # an upstream's names for what it serves
+    defaults: dict[str, float] = field(default_factory=dict)  # the sampling of a request that does not say; empty: not known
     recipe: tuple[Any, ...] = ()  # what a chat template is made again from, in the workshop; (): the engine renders
 
 
@@ -418,6 +421,7 @@ class StopGate:
         self.heads = {s[0] for s in stops}
         self.reach = max(map(len, stops), default=1) - 1
         self.held = ""
+        self.hit = ""  # the stop string that was met
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Returns (text that is safe to show, whether a stop string was met). Feed nothing after a hit."""
@@ -426,8 +430,9 @@ class StopGate:
         text = self.held + text
         hits = [(at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0]
         if hits:
-            self.held = ""
-            return text[: min(hits)[1]], True
+            end, at = min(hits)
+            self.held, self.hit = "", text[at:end]
+            return text[:at], True
         cut = len(text)
         for at in range(max(0, len(text) - self.reach), len(text)):
             if text[at] in self.heads and any(s.startswith(text[at:]) for s in self.stops):
@@ -519,7 +524,7 @@ class Choice:
         """One for each run of one kind; the last has what ends it."""
         now = time.monotonic()
         if not self.parser:
-            return [Delta(self.index, text, sum(part.tokens for part in parts), finish, logprobs, now)]
+            return [Delta(self.index, text, sum(part.tokens for part in parts), finish, logprobs, now, stop=self.gate.hit)]
         found: list[Delta] = []
         for kind, piece, tokens in (Part("content", text, 0), *parts):
             if found and (found[-1].kind == kind != "call" or not piece and kind == "content"):
@@ -528,7 +533,7 @@ class Choice:
                 id = f"call_{uuid.uuid4().hex[:24]}" if kind == "call" else ""
                 found.append(Delta(self.index, piece, tokens, None, (), now, kind, id))
         found = found or [Delta(self.index, "", 0, None, (), now)]
-        found[-1] = found[-1]._replace(finish=finish, logprobs=logprobs)
+        found[-1] = found[-1]._replace(finish=finish, logprobs=logprobs, stop=self.gate.hit)
         return found
 
     def rest(self) -> str:
@@ -1222,6 +1227,7 @@ def run_engine(conn: Connection, spec: EngineSpec) -> None:
         placement=getattr(backend, "placement", ""),
         tokenizer=getattr(backend.template, "tokens", {}) | {"chat_template": getattr(backend.template, "source", None)},
         recipe=getattr(backend.template, "recipe", ()),
+        defaults=FALLBACK | backend.defaults,
     )
     tell("ready", asdict(info))
     gc.collect()

@@ -643,7 +643,7 @@ class Connection(socketserver.BaseRequestHandler):
         return self.head(200, sse) + self.framed(first)
 
     def framed(self, data: bytes) -> bytes:
-        return b"%x\r\n%s\r\n" % (len(data), data) if self.chunked else data
+        return b"%x\r\n%s\r\n" % (len(data), data) if self.chunked and data else data  # an empty chunk would be the end
 
     def end_stream(self, last: bytes) -> None:
         """The last events, and the end."""

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import hashlib
 import os
 import random
 import re
+import secrets
 import signal
+import sqlite3
 import ssl
 import stat
 import sys
@@ -29,14 +33,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import logs
 import memory
+import messages_api
 import model_init
-from access import Access, Keys, host_of, is_loopback, network, origin_of
-from api_errors import ApiError, as_api_error
+import responses_api
+from access import Access, Keys, host_of, is_loopback, key_in, network, origin_of
+from api_errors import ApiError, as_api_error, rename
 from api_reply import (
     CHAT_SHAPE,
     DONE,
@@ -44,6 +50,7 @@ from api_reply import (
     Choice,
     Chunks,
     Completion,
+    Rendering,
     Shape,
     compact,
     embeddings,
@@ -54,6 +61,7 @@ from api_reply import (
     sse,
 )
 from api_request import (
+    BODIES,
     CHAT,
     COMPLETIONS,
     DETOKENIZE,
@@ -78,6 +86,7 @@ from api_request import (
     sampling_from,
 )
 from backends import LACKS, WITH_EMBEDDINGS
+from background import Background, Running
 from catalog import Model, UsageError
 from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log, weight_files
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
@@ -86,13 +95,14 @@ from model_files import TASKS
 from model_init import AnyEngine, Conflict, Life, Models, Profile, StillLoading, UnknownModel
 from page import Page, read_page, wants_page
 from progress import Progress
+from state import State, StateError, default_path
 
 VERSION = "0.2.0"
 
 # ─────────────────────────────────────────────── the way of one request ──────────────────────────────────────────
 
 PREFLIGHT = (
-    ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+    ("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS"),
     ("Access-Control-Allow-Headers", "*, Authorization"),
     ("Access-Control-Max-Age", "86400"),
 )
@@ -103,6 +113,8 @@ class Handler(Connection):
     """The requests of one connection: each finds its route, and the route's method answers it."""
 
     server: Server
+    names: Iterable[tuple[str, str]] = ()  # a chat request's fields → what a dialect calls them, for errors
+    rendering: Rendering | None = None  # how the stream that has begun is told
     matched = ""  # the route, once it is found
 
     def answer(self) -> None:
@@ -110,17 +122,15 @@ class Handler(Connection):
         access, path = self.server.access, self.find_path()
         if self.command == "OPTIONS":
             return self.reply(204, None, PREFLIGHT)
-        argument: tuple[str, ...] = ()
-        methods = ROUTES.get(path)
-        if methods is None and path.startswith("/models/"):
-            methods, argument = ROUTES["/models/{id}"], (unquote(path[len("/models/") :]),)
+        route, argument = find_route(path)
+        methods = ROUTES.get(route)
         if methods is None:
             raise ApiError(404, f"There is no {path[:200]}. The routes are: {', '.join(ROUTES)}.", code="unknown_url")
         action = methods.get("GET" if self.command == "HEAD" else self.command)
         if action is None:
             allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
             raise ApiError(405, f"{self.command[:50]} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
-        self.matched = "/models/{id}" if argument else path
+        self.matched = route
         if self.server.draining:
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         peer = str(self.client_address[0])
@@ -141,24 +151,33 @@ class Handler(Connection):
 
     def fail(self, error: Exception) -> None:
         told = as_api_error(error)
+        rename(told, self.names)
         if isinstance(error, Refused) and told.param == "prompt":  # the engine's word for it, on every route
-            told.param = PROMPT_FIELDS.get(self.path.partition("?")[0].rstrip("/").removeprefix("/v1"), "prompt")
+            told.param = PROMPT_FIELDS.get(self.bare_path(), "prompt")
         self.log_note += f" {told.message[:300]}"
         if self.server.metrics and 400 <= told.status < 500:
             self.server.metrics.count("refused_total", told.code or "invalid_request")
         if self.streaming:
-            return self.end_stream(sse(told.body()) + DONE)
+            return self.end_stream(self.rendering.failed(told) if self.rendering else sse(told.body()) + DONE)
         if self.status:  # it has been answered: a second reply would be taken for the next request's
             self.close_connection = True
             return
         self.close_connection |= told.close
-        self.reply(told.status, told.body(), told.headers)
+        self.reply(*self.error_face(told), told.headers)
         if self.close_connection and self.unread != 0:
             self.linger()
+
+    def error_face(self, error: ApiError) -> tuple[int, dict[str, Any]]:
+        return error.status, error.body()
+
+    def bare_path(self) -> str:
+        """Of the request, without /v1 and query."""
+        return getattr(self, "path", "").partition("?")[0].rstrip("/").removeprefix("/v1")
 
     def clear(self) -> None:
         super().clear()
         self.identity = self.matched = ""
+        self.names, self.rendering = (), None
 
     def note(self) -> None:
         if self.server.metrics:
@@ -253,7 +272,7 @@ class Handler(Connection):
         life = models.lives.get(model.id)
         syntax = life.engine.syntax() if life and life.engine else {}
         found = {"template": syntax} if syntax else {}  # known once the model is loaded
-        self.reply(200, capabilities(models.backend(model)) | found)
+        self.reply(200, capabilities(models.backend(model), TABLES) | found)
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
@@ -270,8 +289,8 @@ class Handler(Connection):
 
     # ── POST routes that generate ──
 
-    def read(self, table: dict[str, Field]) -> dict[str, Any]:
-        """The body's fields, and self.model. Names that nobody knows are told in a header."""
+    def read(self, table: dict[str, Field], chat: bool = True) -> dict[str, Any]:
+        """The body's fields, and self.model. Names that nobody knows are told in a header. `chat`: no dialect's body."""
         body, models, unknown = parse_json(self.body), self.server.models, None
         if not self.server.record:
             self.body = b""  # it can be large, and the answer can take long
@@ -281,14 +300,25 @@ class Handler(Connection):
         except UnknownModel as error:
             unknown, self.model = error, models.default()  # a bad field is told first
         values, ignored = read_fields(body, table, models.backend(self.model), self.server.strict)
-        self.server.note_ignored(ignored)
-        if ignored:
-            self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in ignored[:32])))
-        self.check_profile(values)
+        self.ignore(ignored)
+        if chat:
+            self.check_profile(values)
         if unknown:
             status = int(models.limits.unknown) if asked and models.limits.unknown.isdigit() else 404 if asked else 400
             raise ApiError(status, f"{unknown}.", "model", "model_not_found" if asked else None)
         return values
+
+    def ignore(self, names: list[str]) -> None:
+        self.server.note_ignored(names)
+        if names:
+            self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in names[:32])))
+
+    def read_chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What a dialect has made a chat request of, read as one."""
+        values, _ = read_fields(body, CHAT, self.server.models.backend(self.model))
+        self.check_profile(values)
+        check_together(values)
+        return self.server.profile.sampling() | values
 
     def check_profile(self, values: dict[str, Any]) -> None:
         """What the profile asks of every request."""
@@ -304,6 +334,16 @@ class Handler(Connection):
     def client(self) -> str:
         """Who asks, for fairness: the name of a key, else an address."""
         return self.identity
+
+    def owner(self) -> str:
+        """Whose the stored responses are: a key's, by its name, or by itself where it has none but its place in a list.
+
+        Without keys they are everybody's who may ask.
+        """
+        if not self.server.access.keys:
+            return ""
+        nameless = re.fullmatch(r"key (key|line)[0-9]+", self.identity)
+        return hashlib.sha256(key_in(self.headers).encode()).hexdigest()[:32] if nameless else self.identity
 
     def prefers_to_wait(self) -> float | None:
         """`Prefer: wait=N` (RFC 7240, section 4.3), in seconds."""
@@ -344,8 +384,20 @@ class Handler(Connection):
         check_together(values)
         self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE, 16)
 
-    def generate(self, prompts: list[Prompt], values: dict[str, Any], shape: Shape, max_tokens: int | None) -> None:
-        """`max_tokens`: where the request does not say."""
+    def generate(
+        self,
+        prompts: list[Prompt],
+        values: dict[str, Any],
+        shape: Shape,
+        max_tokens: int | None,
+        cut: bool = False,
+        render: Callable[[Completion], Rendering] | None = None,
+        away: Callable[[Job, Completion, Callable[..., None]], None] | None = None,
+    ) -> None:
+        """`max_tokens`: where the request does not say. `cut`: it is cut down to what fits. `render`: as a dialect tells it.
+
+        `away`: takes the job over, instead of this handler; it calls its last argument with Generation.seconds() at the end.
+        """
         self.must("generate")
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
         if told:
@@ -354,8 +406,8 @@ class Handler(Connection):
         if told or self.server.record:
             prompts = [replace(prompt, details=True) for prompt in prompts]
         sampling = sampling_from(values)
-        if sampling.max_tokens is None:
-            sampling = replace(sampling, max_tokens=max_tokens, cut=True)
+        if sampling.max_tokens is None or cut:
+            sampling = replace(sampling, max_tokens=sampling.max_tokens or max_tokens, cut=True)
         client = self.client()
         job = self.submit(
             lambda engine: engine.submit(prompts, sampling, client, self.model.id if self.model.served_by else "")
@@ -374,14 +426,23 @@ class Handler(Connection):
             hide_reasoning=values.get("include_reasoning") is False,
             functions="functions" in values and "tools" not in values,
         )
-        answer = Generation(self, job, completion, bool(told))
-        if metrics := self.server.metrics:
+        metrics = self.server.metrics
+        if metrics:
             completion.gaps = Tally("inter_token_latency_seconds")
             metrics.begin(self.model.id, completion)
+
+        def ended(**seconds: float) -> None:
+            if metrics:
+                metrics.end(completion, completion.gaps, **seconds)
+
+        if away:
+            return away(job, completion, ended)
+        self.rendering = render(completion) if render else Chunks(completion, values.get("stream_options", False))
+        answer = Generation(self, job, completion, self.rendering, bool(told))
         try:
             self.server.peers.add(self, job.wake)
             if values.get("stream"):
-                answer.stream(values.get("stream_options", False))
+                answer.stream()
             else:
                 answer.reply()
             self.server.note_request(self.path, self.body, self.request_id, completion, answer.debug())
@@ -389,8 +450,7 @@ class Handler(Connection):
             self.server.peers.discard(self)
             job.cancel()
             self.log_note = answer.describe()
-            if metrics:
-                metrics.end(completion, completion.gaps, **answer.seconds())
+            ended(**answer.seconds())
 
     # ── POST routes that ask the engine without generating ──
 
@@ -538,8 +598,8 @@ class Generation:
     thread, which calls `sink` with each event: a handler wakes for what is more than the next chunk.
     """
 
-    def __init__(self, handler: Handler, job: Job, completion: Completion, told: bool):
-        self.handler, self.job, self.completion = handler, job, completion
+    def __init__(self, handler: Handler, job: Job, completion: Completion, rendering: Rendering, told: bool):
+        self.handler, self.job, self.completion, self.rendering = handler, job, completion, rendering
         self.told = told  # what the model was given, as well
         self.begun = time.monotonic()  # when the engine's queue took it
         self.first_delta = 0.0  # when it came, by this process's clock
@@ -551,7 +611,7 @@ class Generation:
         self.sink = self.keep
         for delta in self.deltas(streaming=False):
             self.add(delta)
-        self.handler.reply(200, self.completion.reply() | (self.debug() if self.told else {}))
+        self.handler.reply(200, self.rendering.whole(self.debug() if self.told else {}))
 
     def begin(self, event: Event | Exception) -> bool:
         """The engine has taken the job, which nobody needs to wake for."""
@@ -571,40 +631,41 @@ class Generation:
         self.first_delta = self.first_delta or time.monotonic()
         self.completion.choices[delta.choice].logprobs += self.completion.add(delta).logprobs
 
-    def stream(self, include_usage: bool) -> None:
-        handler, completion, chunks = self.handler, self.completion, Chunks(self.completion, include_usage)
+    def stream(self) -> None:
+        handler, completion, chunks = self.handler, self.completion, self.rendering
         if handler.can_write_now():
             self.sink = self.passing_on(chunks)
         data = b""
         for delta in self.deltas(streaming=True):
+            data = data if self.first_delta else chunks.opening()
             self.first_delta = self.first_delta or time.monotonic()
             data += chunks.delta(completion.add(delta))
             if delta.finish and all(choice.finish for choice in completion.choices):
                 break  # this goes with the end
             if not handler.streaming:
-                handler.begin_stream(chunks.opening() + data)
+                handler.begin_stream(data)
             elif data:
                 handler.write(handler.framed(data))
             data = b""
-        data += chunks.last(**self.debug()) if self.told else b""
-        if include_usage:
-            data += chunks.last(usage=completion.usage(), timings=completion.timings())
+        data += chunks.end(self.debug() if self.told else {})
         if not handler.streaming:
-            handler.begin_stream(chunks.opening())
-        handler.end_stream(data + DONE)
+            handler.begin_stream(data)
+            data = b""
+        handler.end_stream(data)
 
-    def passing_on(self, chunks: Chunks) -> Sink:
+    def passing_on(self, chunks: Rendering) -> Sink:
         """A sink that writes a chunk for each delta, until the socket takes no more: then it is the handler's, who may wait."""
         handler, add, chunk = self.handler, self.completion.add, chunks.delta
 
         def pass_on(event: Event | Exception) -> bool:
             if not isinstance(event, Delta) or event.finish is not None or self.unsent:
                 return self.begin(event)
-            data = chunk(add(event))
+            data = b"" if handler.streaming else chunks.opening()
+            data += chunk(add(event))
             self.clock = time.monotonic()
             if not handler.streaming:
                 self.first_delta = self.clock
-                data = handler.stream_head(chunks.opening() + data)
+                data = handler.stream_head(data)
             elif data:
                 data = handler.framed(data)
             else:
@@ -676,6 +737,173 @@ class Generation:
         return note + f" finish={','.join(c.finish or 'none' for c in completion.choices)}"
 
 
+class Dialects(Handler):
+    """The routes of /v1/responses and /v1/messages: each makes a chat request of its body, and tells the completion its own way."""
+
+    def is_messages(self) -> bool:
+        path = self.bare_path()
+        return path == "/messages" or path.startswith("/messages/")
+
+    def error_face(self, error: ApiError) -> tuple[int, dict[str, Any]]:
+        if not self.is_messages():
+            return super().error_face(error)
+        return messages_api.error_status(error), messages_api.error_body(error, self.request_id)
+
+    def common_headers(self) -> list[tuple[str, str]]:
+        own = [("request-id", self.request_id)] if self.is_messages() else []  # Anthropic's name for it
+        return super().common_headers() + own
+
+    def responses_turn(self, table: dict[str, Field]) -> responses_api.Turn:
+        """The request, translated, with the conversation that it continues."""
+        values, state = self.read(table, chat=False), self.server.state
+        if values.get("store") and state is None:
+            raise ApiError(400, "'store' is off: this server keeps no responses (--state none).", "store", "state_off")
+        values["store"] = state is not None and values.get("store", True)
+        if values.get("background") and not values["store"]:
+            raise ApiError(400, "'background' is only allowed where the response is stored.", "background")
+        past, before = [], values.get("previous_response_id")
+        if before is not None:
+            if self.server.running.under_way(before):
+                raise ApiError(
+                    400, "'previous_response_id': that response is still being made.", "previous_response_id", "not_finished"
+                )
+            found = state.chain(self.owner(), before) if state else None
+            if found is None:
+                says = f"There is no response {before[:80]!r} to go on from: it was not stored, was deleted, or is too old."
+                raise ApiError(404, says, "previous_response_id", "previous_response_not_found")
+            past = found
+        find = functools.partial(state.item, self.owner()) if state else lambda _: None
+        turn = responses_api.Turn(values, past, find, self.server.key, self.server.drop_hosted)
+        self.names = turn.names
+        self.ignore(turn.dropped)
+        return turn
+
+    def post_responses(self) -> None:
+        turn = self.responses_turn(responses_api.RESPONSES)
+        values, owner, state = self.read_chat(turn.chat), self.owner(), self.server.state
+
+        def keep(response: dict[str, Any]) -> None:
+            if response["store"] and state:
+                try:
+                    state.put(owner, response, turn.given)
+                except sqlite3.Error as error:
+                    log.error("%s could not be stored: %s", response["id"], error)
+                    response["store"] = False
+
+        def render(completion: Completion) -> responses_api.Answer:
+            return responses_api.Answer(completion, turn, self.sampling_defaults(), keep)
+
+        def away(job: Job, completion: Completion, ended: Callable[..., None]) -> None:
+            """From here on nothing may ask this handler: its connection goes on with other requests."""
+            answer = render(completion)
+            one = Background(job, completion, answer, self.server.request_timeout, ended)
+            queued = {**answer.waiting()}
+            self.server.running.add(completion.id, one)
+            one.start()
+            self.follow(one, 0) if values.get("stream") else self.reply(200, queued)
+
+        self.generate(
+            [chat_prompt(values)], values, responses_api.SHAPE, self.server.profile.max_tokens, render=render,
+            away=away if turn.values.get("background") else None,
+        )  # fmt: skip
+
+    def follow(self, one: Background, number: int) -> None:
+        """Tell a response's events from this number on, as they come."""
+        self.begin_stream(b"")
+        ended = False
+        while not ended:
+            events, ended = one.after(number, 0.25)
+            number += len(events)
+            if events:
+                self.write(self.framed(b"".join(events)))
+            elif self.peer_gone():
+                raise PeerGone
+        self.end_stream(DONE)
+
+    def sampling_defaults(self) -> dict[str, float]:
+        engine = self.server.models.lives[self.model.id].engine
+        return (engine.info.defaults if engine and engine.info else {}) | self.server.profile.sampling()
+
+    def post_input_tokens(self) -> None:
+        count = self.count(self.responses_turn(responses_api.BODIES["/responses/input_tokens"]).chat)
+        self.reply(200, {"object": "response.input_tokens", "input_tokens": count})
+
+    def count(self, chat: dict[str, Any], lenient: bool = False) -> int:
+        """The tokens of a prompt, as the usage of an answer would tell them."""
+        prompt = replace(chat_prompt(self.read_chat(chat)), lenient=lenient)
+        return int(self.ask("tokenize", prompt=prompt, add_special=False, pieces=False)["count"])
+
+    def stored(self, id: str, read: Callable[[State, str, str], Any]) -> Any:
+        found = read(self.server.state, self.owner(), id) if self.server.state else None
+        if found is None:
+            raise ApiError(
+                404, f"There is no response {id[:80]!r}: it was not stored, was deleted, or is too old.", "id", "not_found"
+            )
+        return found
+
+    def get_responses(self) -> None:
+        if self.headers.get("Upgrade"):
+            raise ApiError(426, "There are no WebSockets here: POST the request instead.", code="no_websocket")
+        raise ApiError(405, "GET is not allowed here, but POST, OPTIONS is.", headers=[("Allow", "POST, OPTIONS")])
+
+    def get_response(self, id: str) -> None:
+        """The response; with `stream=true` the events of one that is made in the background, again or on from `starting_after`."""
+        response, query = self.stored(id, State.get), parse_qs(urlsplit(self.path).query)
+        if query.get("stream", ["false"])[-1] != "true":
+            return self.reply(200, response)
+        one, after = self.server.running.get(id), query.get("starting_after", ["-1"])[-1]
+        if one is None:
+            raise ApiError(
+                400, "The events of this response are not kept (any more): get it without stream.", "stream", "no_events"
+            )
+        if not re.fullmatch(r"-1|[0-9]{1,9}", after):
+            raise ApiError(400, "'starting_after' must be a sequence number.", "starting_after")
+        self.follow(one, int(after) + 1)
+
+    def delete_response(self, id: str) -> None:
+        self.stored(id, State.get)
+        self.server.running.forget(id)
+        self.stored(id, lambda state, owner, id: state.delete(owner, id) or None)
+        self.reply(200, {"id": id, "object": "response", "deleted": True})
+
+    def get_input_items(self, id: str) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        self.reply(200, responses_api.page(self.stored(id, State.given), query))
+
+    def post_cancel(self, id: str) -> None:
+        if not self.stored(id, State.get)["background"]:
+            says = "Only a response with background: true can be cancelled, and this one was not."
+            raise ApiError(400, says, "id", "not_cancellable")
+        if (one := self.server.running.get(id)) and not one.done:
+            one.cancel()
+        self.reply(200, self.stored(id, State.get))  # one that had ended stays as it was
+
+    def messages_turn(self, values: dict[str, Any]) -> messages_api.Turn:
+        turn = messages_api.Turn(values, self.server.key)
+        self.names = turn.names
+        return turn
+
+    def post_messages(self) -> None:
+        values, limit = self.read(messages_api.MESSAGES, chat=False), self.server.profile.max_tokens_limit
+        for name in ("max_tokens", "messages"):
+            require(values, name, messages_api.MESSAGES)
+        values["max_tokens"] = min(values["max_tokens"], limit or values["max_tokens"])
+        turn = self.messages_turn(values)
+        values = self.read_chat(turn.chat)
+
+        def render(completion: Completion) -> Rendering:
+            return messages_api.Answer(completion, turn)
+
+        prompt = replace(chat_prompt(values), lenient=turn.lenient)
+        self.generate([prompt], values, messages_api.SHAPE, None, cut=True, render=render)
+
+    def post_count_tokens(self) -> None:
+        values = self.read(messages_api.BODIES["/messages/count_tokens"], chat=False)
+        require(values, "messages", messages_api.MESSAGES)
+        turn = self.messages_turn(values)
+        self.reply(200, {"input_tokens": self.count(turn.chat, turn.lenient)})
+
+
 # ───────────────────────────────────────────────────── routes ────────────────────────────────────────────────────
 
 Action = Callable[..., None]
@@ -692,6 +920,13 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/models/unload": {"POST": Handler.post_unload},
     "/chat/completions": {"POST": Handler.post_chat_completions},
     "/completions": {"POST": Handler.post_completions},
+    "/responses": {"GET": Dialects.get_responses, "POST": Dialects.post_responses},
+    "/responses/input_tokens": {"POST": Dialects.post_input_tokens},
+    "/responses/{id}": {"GET": Dialects.get_response, "DELETE": Dialects.delete_response},
+    "/responses/{id}/input_items": {"GET": Dialects.get_input_items},
+    "/responses/{id}/cancel": {"POST": Dialects.post_cancel},
+    "/messages": {"POST": Dialects.post_messages},
+    "/messages/count_tokens": {"POST": Dialects.post_count_tokens},
     "/embeddings": {"POST": Handler.post_embeddings},
     "/rerank": {"POST": Handler.post_rerank},
     "/v2/rerank": {"POST": Handler.post_rerank},  # Cohere's
@@ -702,6 +937,20 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
 }
 OPERATORS = {Handler.post_load, Handler.post_unload}  # only with --admin
 OPEN_TO_ALL = {Handler.get_root, Handler.get_health, Handler.get_healthz}  # no API key needed
+
+
+TABLES = BODIES | responses_api.BODIES | messages_api.BODIES  # the fields of every route's body
+PATTERNS = sorted((path.split("{id}") for path in ROUTES if "{id}" in path), key=lambda ends: -len(ends[1]))
+
+
+def find_route(path: str) -> tuple[str, tuple[str, ...]]:
+    """(the row of ROUTES that a path means, the {id} in it)."""
+    for before, after in PATTERNS if path not in ROUTES else ():
+        if path.startswith(before) and path.endswith(after) and len(path) > len(before) + len(after):
+            id = path[len(before) : len(path) - len(after)]
+            if before == "/models/" or "/" not in id:  # a model's id may have slashes
+                return f"{before}{{id}}{after}", (unquote(id),)
+    return path, ()
 
 
 class Server(HttpServer):
@@ -729,9 +978,15 @@ class Server(HttpServer):
         limits: HttpLimits | None = None,
         tls: ssl.SSLContext | None = None,
         uds: str = "",
+        state: State | Literal["memory", "none"] = "memory",
+        drop_hosted: bool = False,
         page: Page | None = None,
         metrics: Metrics | None = None,
     ):
+        self.state = state if isinstance(state, State) else State() if state == "memory" else None  # of /v1/responses
+        self.key = self.state.key if self.state else secrets.token_bytes(32)  # of what clients keep and send back
+        self.running = Running()  # in the background
+        self.drop_hosted = drop_hosted  # tools that this server does not have are left out, not refused
         self.profile = profile or Profile()
         self.page = page  # for browsers at /
         self.metrics = metrics  # None: nothing is counted
@@ -744,7 +999,7 @@ class Server(HttpServer):
         self.listing: tuple[Any, bytes] = (None, b"")  # of GET /v1/models: what it was made from, and its JSON
         self.trimmed = (0, 0.0)  # requests so far, and the time, when memory was last given back
         limits = limits or HttpLimits()
-        super().__init__(address, Handler, replace(limits, max_body=max_body) if max_body else limits, tls, uds)
+        super().__init__(address, Dialects, replace(limits, max_body=max_body) if max_body else limits, tls, uds)
         self.access.guard &= not uds and is_loopback(str(self.server_address[0]))
         self.uncounted = self.access.trusts
 
@@ -776,7 +1031,7 @@ class Server(HttpServer):
         """--record: one line of JSON per answered request, enough for examples/replay.py to run it again."""
         if not self.record:
             return
-        answers = [{"text": "".join(choice.text), "finish_reason": choice.finish} for choice in completion.choices]
+        answers = [{"text": choice.text, "finish_reason": choice.finish} for choice in completion.choices]
         line = {
             "time": completion.created,
             "request_id": request_id,
@@ -861,6 +1116,14 @@ def make_parser() -> Parser:
     add("--metrics", action="store_true", help="count, and tell Prometheus at /metrics")
     add("--no-page", action="store_true", help="no page for browsers at /: JSON for everyone")
     add("--record", default="", metavar="FILE", help="append every answered request to FILE, for examples/replay.py")
+    add("--state", default="", metavar="FILE",
+        help="where /v1/responses keeps what it is to store; none: nowhere; default: a file in the user's state folder")  # fmt: skip
+    add("--state-ttl", type=model_init.seconds, default=30 * 86400.0, metavar="S",
+        help="seconds that a stored response is kept (default 30 days)")  # fmt: skip
+    add("--state-size", type=model_init.whole(1, 1 << 30), default=1024, metavar="MIB",
+        help="MiB of stored responses; beyond it the oldest are dropped (default 1024)")  # fmt: skip
+    add("--hosted-tools", choices=["refuse", "drop"], default="refuse",
+        help="tools that only OpenAI has (web_search, …), in a request to /v1/responses: refused, or left out and told so")  # fmt: skip
     add("--grace", type=model_init.seconds, default=10.0, metavar="S",
         help="seconds that running answers get when the server is stopped (default 10)")  # fmt: skip
     add("--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
@@ -1013,6 +1276,20 @@ def listening(server: Server) -> str:
 """
 
 
+def open_state(args: argparse.Namespace) -> State | Literal["memory", "none"]:
+    """The file of --state. Where only the default one cannot be used, responses are kept in memory, and the log says so."""
+    if args.state == "none":
+        return "none"
+    path = args.state or str(default_path())
+    try:
+        return State(path, args.state_ttl, args.state_size << 20)
+    except StateError as error:
+        if args.state:
+            raise UsageError(f"--state {error}") from None
+        log.warning("responses are kept in memory only: %s", error)
+        return State(":memory:", args.state_ttl, args.state_size << 20)
+
+
 class Service:
     """Start-up and shut-down, in their order."""
 
@@ -1033,6 +1310,8 @@ class Service:
                 limits=limits_of(args),
                 tls=tls_of(args),
                 uds=args.uds,
+                state=open_state(args),
+                drop_hosted=args.hosted_tools == "drop",
                 page=None if args.no_page else read_page(),
                 metrics=Metrics() if args.metrics else None,
             )

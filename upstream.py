@@ -741,6 +741,7 @@ class Answer:
         """`tokens`: how many it may have in all; `asked`: bytes of the request, which may come back as an echo."""
         self.job, self.sampling = job, sampling
         self.finish: dict[int, str] = {}
+        self.stops: dict[int, str] = {}  # by choice: the stop string that ended it, where the upstream tells
         self.usage: dict[str, Any] = {}
         self.pieces = self.text = 0  # that have come; characters
         self.most_pieces = BASE_PIECES + TOKEN_PIECES * tokens
@@ -766,7 +767,7 @@ class Answer:
             self.job.put(Delta(next(iter(self.finish)), "", min(thought, tokens), None, (), now, "reasoning"))
             tokens -= min(thought, tokens)
         for index, finish in self.finish.items():
-            self.job.put(Delta(index, "", tokens, finish, (), now))
+            self.job.put(Delta(index, "", tokens, finish, (), now, stop=self.stops.get(index, "")))
             tokens = 0
 
     def choice(self, choice: dict[str, Any]) -> None:
@@ -795,6 +796,8 @@ class Answer:
             cut = finish == "stop" and (self.sampling.stop or self.sampling.stop_token_ids)
             called = finish == "stop" and index in self.calls  # OpenAI's word where a call was forced
             self.finish[index] = "tool_calls" if called else "cut" if cut else finish
+            if cut and choice.get("stop_reason") in self.sampling.stop:  # vLLM's
+                self.stops[index] = choice["stop_reason"]
 
     def special(self, index: int, delta: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         """(kind, text, id) of reasoning and of calls. A call's own index only says where another one begins."""

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+os.environ["XDG_STATE_HOME"] = os.environ["LOCALAPPDATA"] = (
+    tempfile.mkdtemp()
+)  # a server started here keeps nothing of the user's
 
 import access  # noqa: E402
 import model_init  # noqa: E402

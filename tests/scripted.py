@@ -82,6 +82,24 @@ class Scripted:
         self.note("close")
 
 
+class Reader(Scripted):
+    """Its prompt is the whole conversation, a line a message; what it does, the last message says."""
+
+    def render(self, prompt):
+        lines = []
+        for message in prompt.messages:
+            calls = "".join(
+                f" {c['id']}={c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", ())
+            )
+            thought = f" [{message['reasoning_content']}]" if message.get("reasoning_content") else ""
+            lines.append(f"{message['role']}:{thought}{calls} {message['content']}")
+        return "\n".join(lines)
+
+    def start(self, ids, sampling):
+        last = bytes(ids).decode().rpartition("\n")[2]
+        return super().start(last.partition(" ")[2].encode(), sampling)
+
+
 class Embedding(Scripted):
     """The same, and it embeds: four inputs at once, a vector of the input's length; steps and batches are in the log."""
 

@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from api_request import BODIES, COMBINED, INERT, NEVER, engines_with  # noqa: E402
+from api_request import COMBINED, INERT, NEVER, engines_with  # noqa: E402
 from backends import LACKS  # noqa: E402
 from model_init import PROFILES  # noqa: E402
-from openai_api_endpoint import make_parser  # noqa: E402
+from openai_api_endpoint import TABLES, make_parser  # noqa: E402
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -20,6 +20,8 @@ WITH_TABLES = [ROOT / "docs" / name for name in ("fields.md", "coming-from.md")]
 TITLES = {
     "/chat/completions": "POST /v1/chat/completions",
     "/completions": "POST /v1/completions: what differs from chat",
+    "/responses": "POST /v1/responses",
+    "/messages": "POST /v1/messages",
     "/embeddings": "POST /v1/embeddings",
     "/rerank": "POST /v1/rerank",
     "/score": "POST /v1/score",
@@ -37,8 +39,8 @@ def marks(needs):
 
 def fields():
     lines = []
-    chat = BODIES["/chat/completions"]
-    for path, table in ((path, BODIES[path]) for path in TITLES):
+    chat = TABLES["/chat/completions"]
+    for path, table in ((path, TABLES[path]) for path in TITLES):
         lines += [
             "",
             f"### {TITLES[path]}",

@@ -210,6 +210,15 @@ def test_pipelined_requests_each_get_their_reply(scripted):
     assert statuses(raw(scripted, good + bad + good + post(b"") + good)) == [200, 400, 200, 411, 200]
 
 
+def test_a_stream_that_has_nothing_to_tell_yet_is_not_ended(scripted):
+    """Its first delta may be the beginning of a stop string; and a chunk of nothing is HTTP's end."""
+    for text, stop in (("ab", "abc"), ("", "x")):
+        asked = {"prompt": f"echo {text}", "stop": stop, "stream": True}
+        status, events, _ = scripted.request("POST", "/v1/completions", asked)
+        assert status == 200
+        assert "".join(event["choices"][0]["text"] for event in sse(events)) == text
+
+
 def test_stream_keeps_the_connection(scripted):
     out = raw(scripted, sized(body("echo one", stream=True)) + sized(body("echo two")))
     assert statuses(out) == [200, 200]

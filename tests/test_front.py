@@ -260,7 +260,7 @@ def test_what_a_socket_does_not_take_wakes_the_handler():
     job, took = Job(None, 0, 1, ""), []
     completion = Completion("id", "m", "fp", [Choice()], CHAT_SHAPE)
     handler = SimpleNamespace(streaming=True, framed=bytes, write_now=lambda data: took.append(data) or 3)
-    generation = Generation(handler, job, completion, told=False)
+    generation = Generation(handler, job, completion, Chunks(completion, False), told=False)
     sink = generation.passing_on(Chunks(completion, False))
     assert sink(letter("a"))
     assert (generation.unsent, completion.tokens) == (took[0][3:], 1)

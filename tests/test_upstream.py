@@ -174,6 +174,17 @@ def test_what_vllm_says_in_another_way(front, far):
         assert [entry["token"] for entry in content] == shown
 
 
+def test_a_stop_string_that_the_upstream_tells(front, far):
+    for told, stop in (("END", ("stop_sequence", "END")), (None, ("end_turn", None)), (7, ("end_turn", None))):
+        last = {"index": 0, "delta": {"content": "Hi"}, "finish_reason": "stop", "stop_reason": told}
+        far.script = far.answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(choices=[last]) + USAGE + DONE)
+        asked = {"max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}], "stop_sequences": ["END"]}
+        status, body, _ = front.request("POST", "/v1/messages", asked)
+        assert (status, body["content"][0]["text"]) == (200, "Hi"), body
+        assert (body["stop_reason"], body["stop_sequence"]) == stop
+        assert far.bodies[-1]["stop"] == ["END"]
+
+
 def test_reasoning_and_calls_of_an_upstream(front, far):
     """What its parsers have taken apart comes back as it is; a call's index says where another begins."""
     deltas = [
