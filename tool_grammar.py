@@ -21,10 +21,14 @@ FORMS = ("json", "named", "tagged", "pythonic", "functionary")  # that a grammar
 
 
 class Rules:
-    """A grammar while it is written: each body becomes a rule, and is spoken of by its name."""
+    """A grammar while it is written: each body becomes a rule, and is spoken of by its name.
+
+    A name that begins with t is a token's (grammar.py), and stays one.
+    """
 
     def __init__(self) -> None:
         self.bodies: list[str] = []
+        self.tokens: set[int] = set()  # which of them are tokens
 
     def add(self, body: str) -> str:
         self.bodies.append(body)
@@ -33,7 +37,9 @@ class Rules:
     def include(self, grammar: str) -> str:
         """The rules of another grammar, under names of their own: the name of its root."""
         lines = dict(line.split(" ::= ", 1) for line in grammar.strip().splitlines() if line.strip())
-        names = {name: f"r{len(self.bodies) + i}" for i, name in enumerate(lines)}
+        at = len(self.bodies)
+        self.tokens |= {at + i for i, name in enumerate(lines) if name[0] == "t"}
+        names = {name: f"{'t' if name[0] == 't' else 'r'}{at + i}" for i, name in enumerate(lines)}
         self.bodies += [TOKEN.sub(lambda m: m[1] or m[2] or names[m[3]], body) for body in lines.values()]
         return names["root"]
 
@@ -72,7 +78,8 @@ class Rules:
         return f"r{first}"
 
     def text(self, root: str) -> str:
-        return "\n".join([f"root ::= {root}", *(f"r{i} ::= {body}" for i, body in enumerate(self.bodies))]) + "\n"
+        rules = (f"{'t' if i in self.tokens else 'r'}{i} ::= {body}" for i, body in enumerate(self.bodies))
+        return "\n".join([f"root ::= {root}", *rules]) + "\n"
 
 
 @functools.lru_cache(512)
