@@ -412,8 +412,7 @@ class Parser(Calls):
                 self.mark, self.fresh = None, "after"
                 return True
             self.at = start
-        elif (yield from self.take(self.openers)):  # the whitespace before it is no content
-            self.at = self.at
+        elif (yield from self.take(self.openers)):  # then the whitespace before it is no content
             return (yield from self.opened())
         if self.fresh == "start":
             self.at = self.mark
