@@ -45,6 +45,16 @@ from engine import (
     too_long,
 )
 from grammar import ebnf_grammar, lark_grammar
+from machine import (
+    LONG,
+    default_cache_tokens,
+    lacks_cuda,
+    machine_memory,
+    openvino_device,
+    physical_cores,
+    torch_device,
+    torch_dtype,
+)
 from model_files import (
     cache_folder,
     file_mark,
@@ -57,39 +67,6 @@ from model_files import (
     token_text,
 )
 from regular import Unsupported
-
-# ────────────────────────────────────────────────── the machine ──────────────────────────────────────────────────
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once: a second thread on a core slows a batch down."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
-                cores.add(f.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
-
-
-LONG = 32_768  # tokens that one request may use unless the command line says otherwise
-
-
-def machine_memory() -> int:
-    """Bytes; 0 where the system does not say."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-
-
-def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memory: int | None = None) -> int:
-    """KV cache tokens over all slots: up to 4,096 for each, or one long request, within a quarter of `memory` (None: the machine's)."""
-    wanted = max(slots * min(context, 4096), min(context, LONG))
-    memory = machine_memory() if memory is None else memory
-    if kv_bytes_per_token and memory:
-        wanted = min(wanted, max(slots * 256, memory // 4 // kv_bytes_per_token))
-    return wanted
-
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
 
@@ -310,21 +287,6 @@ def ebnf(text: str) -> str:
         return ebnf_grammar(text)
     except Unsupported as error:
         raise Refused(f"The constraint cannot be honoured on this engine: {error}.", "structured_outputs") from None
-
-
-def openvino_device(asked: str, there: list[str]) -> str:
-    """OpenVINO's name for a device, or for several (AUTO:GPU,CPU). Raises ValueError for one that is not there."""
-    asked = "CPU" if asked == "auto" else asked
-    kind, _, rest = asked.partition(":")
-    kinds = {device.partition(".")[0] for device in there}
-    missing = [name for name in (rest.split(",") if rest else [] if kind == "AUTO" else [kind]) if name not in {*there, *kinds}]
-    if missing or (rest and kind not in ("AUTO", "HETERO", "MULTI")):
-        raise ValueError(
-            f"--device {asked}: OpenVINO finds no {' and no '.join(missing or [kind])} here; there are: {', '.join(there)}"
-        )
-    if "NPU" in (kind, *rest.split(",")):
-        raise ValueError(f"--device {asked}: OpenVINO has no continuous batching on an NPU; there are: {', '.join(there)}")
-    return asked
 
 
 # ───────────────────────────────────────────────────── llama.cpp ─────────────────────────────────────────────────
@@ -1266,26 +1228,6 @@ def padded(torch: Any, rows: Sequence[Sequence[int]], device: Any, pad: int = 0)
     return ids, (torch.arange(width, device=device)[None] < lengths).long()
 
 
-def torch_device(torch: Any, asked: str) -> Any:
-    """auto: the first GPU that torch sees, else CPU. Raises ValueError for one that is not there."""
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=asked).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {asked}: {str(error).splitlines()[0]}") from None
-
-
-def torch_dtype(torch: Any, asked: str, config: dict[str, Any], device: Any) -> Any:
-    """auto: what the weights are stored in; on a CPU without instructions for 16 bits float32, which is far faster there."""
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if asked == "auto":
-        asked = stored if stored in ("float32", "bfloat16", "float16") else "float32"
-        if device.type == "cpu" and asked != "float32":
-            asked = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-    return getattr(torch, asked)
-
-
 # ──────────────────────────────────────────────────── exllamav3 ──────────────────────────────────────────────────
 
 
@@ -1486,26 +1428,6 @@ class Flags(argparse.ArgumentParser):
 
 def log_of(probability: float) -> float:
     return math.log(max(probability, 1e-38))  # JSON has no minus infinity
-
-
-def lacks_cuda(torch: Any) -> str | None:
-    """Why exllamav3 cannot run here, in one line. Asked before it is imported, which would begin to compile, or break oddly."""
-    if not (torch.version.cuda or torch.version.hip):
-        return (
-            f"exllamav3 needs a torch that is built for CUDA, and torch {torch.__version__} is for CPU alone: see pytorch.org"
-        )
-    if not torch.cuda.is_available():
-        return "exllamav3 needs a CUDA GPU, and torch sees none"
-    if importlib.util.find_spec("exllamav3_ext"):
-        return None
-    if not shutil.which("ninja"):
-        return "exllamav3 compiles its CUDA code when it first runs, which needs ninja on the PATH: pip install ninja"
-    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc")  # where torch looks for nvcc
-    if torch.version.cuda and not cuda and not os.path.exists("/usr/local/cuda"):
-        return (
-            "exllamav3 compiles its CUDA code when it first runs, which needs nvcc: install the CUDA toolkit and set CUDA_HOME"
-        )
-    return None
 
 
 def has_gpu() -> bool:

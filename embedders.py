@@ -12,19 +12,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from backends import (
-    HfModel,
-    LlamaModel,
-    OpenVinoModel,
-    Transformers,
-    installed,
-    padded,
-    physical_cores,
-    torch_device,
-    torch_dtype,
-)
+from backends import HfModel, LlamaModel, OpenVinoModel, Transformers, installed, padded
 from chat_syntax import ChatTemplate
 from engine import Backend, EngineSpec, Refused, Sampling, Step, Tokens, log
+from machine import physical_cores, torch_device, torch_dtype
 from model_files import GGUF_RANK, TASKS, labels, read_json, read_pooling
 
 LONGEST = 8192  # tokens of one input where the model would take more: attention needs memory by the square of it; --cache-size

@@ -18,8 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from backends import BACKENDS, LACKS, WITH_EMBEDDINGS
-from catalog import LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
-from engine import UPSTREAMS, Engine, EngineFailed, EngineInfo, EngineSpec, Job, QueueFull, Timeouts, log, public
+from catalog import DEMO_FILE, DEMO_SYNTAX, LOADERS, Catalog, Model, UsageError, choose_backend, demo_model, find_model
+from engine import UPSTREAMS, EngineFailed, EngineInfo, EngineSpec, QueueFull, log, public
+from engine_handle import Engine, Job, Timeouts
 from model_files import leads_out
 from tool_syntax import KNOWN
 from upstream import Upstream, without_user
@@ -349,7 +350,7 @@ def init(args: argparse.Namespace) -> Models:
         return EngineSpec(
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
-            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or "", options=tuple(args.exllamav3), task=model.task,
+            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or (DEMO_SYNTAX if model.path.name == DEMO_FILE else ""), options=tuple(args.exllamav3), task=model.task,
             flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 

@@ -88,7 +88,8 @@ from api_request import (
 from backends import LACKS, WITH_EMBEDDINGS
 from background import Background, Running
 from catalog import Model, UsageError
-from engine import Answer, Delta, Details, Event, Job, Prompt, Refused, Sink, Started, log, weight_files
+from engine import Answer, Delta, Details, Event, Prompt, Refused, Started, log, weight_files
+from engine_handle import Job, Sink
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
 from metrics import CONTENT_TYPE, Metrics, Tally
 from model_files import TASKS

@@ -27,24 +27,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from engine import (
-    DEFAULT_TIMEOUTS,
-    UPSTREAMS,
-    Delta,
-    EngineFailed,
-    EngineInfo,
-    EngineSpec,
-    Job,
-    Jobs,
-    Prompt,
-    Refused,
-    Sampling,
-    Started,
-    Timeouts,
-    TokenLogprob,
-    log,
-)
+from engine import UPSTREAMS, Delta, EngineFailed, EngineInfo, EngineSpec, Prompt, Refused, Sampling, Started, TokenLogprob, log
 from engine import Answer as Answered
+from engine_handle import DEFAULT_TIMEOUTS, Job, Jobs, Timeouts
 from grammar import ebnf_grammar
 
 POLL_S, CONNECT_S = 2.0, 5.0

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import cancelled_at, until
 
-from engine import Delta, Engine, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
+from engine import Delta, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
+from engine_handle import Engine
 
 
 def prompt(text):

@@ -21,19 +21,8 @@ import backends
 import openai_api_endpoint as endpoint
 from backends import ExLlamaV3, lacks_cuda, lark_grammar, missing_library
 from catalog import UsageError, choose_backend, find_model
-from engine import (
-    Delta,
-    Engine,
-    EngineFailed,
-    EngineLoop,
-    EngineSpec,
-    Prompt,
-    Refused,
-    Sampling,
-    Started,
-    Tokens,
-    backend_class,
-)
+from engine import Delta, EngineFailed, EngineLoop, EngineSpec, Prompt, Refused, Sampling, Started, Tokens, backend_class
+from engine_handle import Engine
 
 PINNED = ExLlamaV3.INSTALL.split()[-1]
 LACK = missing_library("transformers")  # the fake needs torch and llguidance

@@ -12,7 +12,8 @@ from test_endpoint import OK, body, idle, sized
 
 import http11
 from api_reply import CHAT_SHAPE, Choice, Chunks, Completion
-from engine import Delta, Job
+from engine import Delta
+from engine_handle import Job
 from openai_api_endpoint import Generation
 
 TEXT = 'Hé "☃"\t\\ back\n' * 40  # 760 tokens of the scripted backend, many of them half a character

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from backends import openvino_device
+from machine import openvino_device
 
 POSIX_ONLY = {
     "os": ["sched_getaffinity", "sysconf", "getuid", "fork"],

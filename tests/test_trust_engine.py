@@ -26,17 +26,14 @@ from engine import (
     Answer,
     Delta,
     Details,
-    Engine,
     EngineFailed,
     EngineLoop,
     EngineSpec,
-    Outbox,
     Prompt,
     QueueFull,
     Refused,
     Sampling,
     Started,
-    Timeouts,
     TokenLogprob,
     pack,
     pack_event,
@@ -44,6 +41,7 @@ from engine import (
     unpack,
     unpack_event,
 )
+from engine_handle import Engine, Outbox, Timeouts
 from turns import Turns
 from workshop import Closed, Order, Workshop
 
