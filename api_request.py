@@ -176,13 +176,13 @@ class Constraint(NamedTuple):
     """What a completion must be, as it came. Here it is measured, and a finished text held against it: it becomes a grammar behind
     admission (prepare.py), for it may take long."""
 
-    kind: str  # "json" | "strict" (JSON with a schema that OpenAI calls so) | "regex" | "choice" | "grammar"
+    kind: str  # "json" | "regex" | "choice" | "grammar"
     source: Any
     where: str  # the field that it came from
 
     def unknown(self) -> list[str]:
         """The places of words in a schema that nobody knows: they constrain nothing, and are told as unknown fields are."""
-        if self.kind not in ("json", "strict"):
+        if self.kind != "json":
             return []
         try:
             measure(self.source, self.where, MOST_TOLD)
@@ -212,7 +212,6 @@ def json_fault(schema: Any, text: str) -> str | None:
 
 FAULTS: dict[str, Callable[[Any, str], str | None]] = {
     "json": json_fault,
-    "strict": json_fault,
     "regex": lambda pattern, text: None if regex_matches(pattern, text) else "it does not match the regex",
     "choice": lambda choices, text: None if text in choices else "it is none of the choices",
 }
@@ -272,8 +271,7 @@ def read_response_format(value: Any) -> Constraint | None:
     check(kind == "json_schema" and isinstance(value.get("json_schema"), dict))
     check(set(value["json_schema"]) <= {"name", "description", "schema", "strict"})
     check(isinstance(value["json_schema"].get("schema"), (dict, bool)))
-    kind = "strict" if value["json_schema"].get("strict") is True else "json"
-    return Constraint(kind, value["json_schema"]["schema"], "response_format")
+    return Constraint("json", value["json_schema"]["schema"], "response_format")
 
 
 def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Constraint | None:

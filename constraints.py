@@ -1293,6 +1293,17 @@ def schema_grammar(schema: Any, draft: int = 0, strict: bool = False) -> str:
     return str(_bounded(lambda: Schema(schema, draft, strict).text()))
 
 
+def writing_grammar(schema: Any) -> str:
+    """What a model is to write: where the schema leaves it open, its order of properties, and none that it does not name.
+
+    A small model that may add properties adds them for ever. Raises Unsupported.
+    """
+    try:
+        return schema_grammar(schema, strict=True)
+    except Unsupported:  # it requires what it does not name, say
+        return schema_grammar(schema)
+
+
 def object_grammar() -> str:
     """Any JSON object."""
     return schema_grammar({"type": "object"})

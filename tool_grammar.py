@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from constraints import Unsupported, regex_grammar, schema_grammar
+from constraints import Unsupported, regex_grammar, schema_grammar, writing_grammar
 from tool_syntax import CHANNEL_FRAMES, Syntax
 from tool_values import kinds_of
 
@@ -85,7 +85,7 @@ class Rules:
 @functools.lru_cache(512)
 def compiled(schema: str) -> str:
     """The same tools come with every request of an agent."""
-    return schema_grammar(json.loads(schema))
+    return writing_grammar(json.loads(schema))
 
 
 def longest(mark: str, seen: str) -> int:
