@@ -204,91 +204,7 @@ class Handler(Connection):
             return self.write(self.head(status, headers))
         self.reply_bytes(status, payload if isinstance(payload, bytes) else compact(payload), "application/json", headers)
 
-    # ── GET routes ──
-
-    def get_root(self) -> None:
-        page = self.server.page
-        if page and wants_page(self.headers.get("Accept", "")):
-            return self.reply_bytes(200, page.body, page.kind, page.headers)
-        models = self.server.models
-        current = models.current()
-        self.reply(200, {
-            "service": "openai_api_endpoint", "version": VERSION, "status": models.status(),
-            "model": current and models.catalog.public(current.model), "engine": current and models.backend(current.model),
-            "admin": self.server.access.admin is not None, "routes": list(ROUTES),
-        }, [("Vary", "Accept")])  # fmt: skip
-
-    def get_health(self) -> None:
-        if not self.server.models.ready:
-            body = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
-            return self.reply(503, body, [("Retry-After", "2")])
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-        self.reply(200, {"status": "ok", "timestamp": stamp})
-
-    def get_healthz(self) -> None:
-        models = self.server.models
-        current, switch = models.current(), models.switch
-        body = {
-            "status": models.status(),
-            "loaded": current is not None and current.state == "loaded",
-            "model_id": current and models.catalog.public(current.model),
-            "inference_backend": current and models.backend(current.model),
-            "queue_depth": models.queue_depth(),
-            "switch_in_progress": switch is not None,
-            "switch_target_model": switch and models.catalog.public(switch.target.model),
-        }
-        self.reply(200, body | ({"last_error": self.server.without_paths(models.last_error)} if models.last_error else {}))
-
-    def model_card(self, model: Model) -> dict[str, Any]:
-        models = self.server.models
-        name, status, failure = models.catalog.public(model), models.status_of(model), models.failure_of(model)
-        return {
-            "id": name, "object": "model", "created": model.created, "owned_by": self.server.profile.owned_by,
-            "permission": [], "root": name, "parent": None, "status": status, "loaded": status == "loaded",
-            **({"error": self.server.without_paths(failure)} if failure else {}),
-            **({} if model.task == "generate" else {"task": model.task}),
-        }  # fmt: skip
-
-    def get_models(self) -> None:
-        models, found = self.server.models, self.server.models.catalog.models()
-        now = (
-            found,
-            {id: (models.status_of(life.model), life.failure) for id, life in list(models.lives.items())},
-            dict(models.catalog.shown),
-        )
-        if self.server.listing[0] != now:  # thousands of models take milliseconds to write
-            data = [self.model_card(model) for model in found.values()]
-            self.server.listing = (now, compact({"object": "list", "data": data}))
-        self.reply(200, self.server.listing[1])
-
-    def get_model(self, name: str) -> None:
-        model = self.server.models.catalog.find(name)
-        if model is None:
-            raise ApiError(404, f"There is no model {name!r}. GET /v1/models lists them.", "model", "model_not_found")
-        self.reply(200, self.model_card(model))
-
-    def get_capabilities(self) -> None:
-        models, model = self.server.models, self.queried_model()
-        life = models.lives.get(model.id)
-        syntax = life.engine.syntax() if life and life.engine else {}
-        found = {"template": syntax} if syntax else {}  # known once the model is loaded
-        self.reply(200, capabilities(models.backend(model), TABLES) | found)
-
-    def get_tokenizer_info(self) -> None:
-        """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
-        models, model = self.server.models, self.queried_model()
-        refuse_lacking("tokenizer_info", "inside", models.backend(model))
-        info = models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
-        self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
-
-    def get_metrics(self) -> None:
-        metrics = self.server.metrics
-        if metrics is None:
-            raise ApiError(404, "There are no metrics: start the server with --metrics.", code="metrics_off")
-        self.reply_bytes(200, metrics.render(self.server.models), CONTENT_TYPE)
-
-    # ── POST routes that generate ──
+    # ── reading a request ──
 
     def read(self, table: dict[str, Field], chat: bool = True) -> dict[str, Any]:
         """The body's fields, and self.model. Names that nobody knows are told in a header. `chat`: no dialect's body."""
@@ -374,16 +290,7 @@ class Handler(Connection):
         """A reply names the model as the request did."""
         return values.get("model") or self.server.models.catalog.public(self.model)
 
-    def post_chat_completions(self) -> None:
-        profile, values = self.server.profile, self.read(CHAT)
-        values = {"stream": profile.stream} | profile.sampling() | values
-        check_together(values)
-        self.generate([chat_prompt(values)], values, CHAT_SHAPE, profile.max_tokens)
-
-    def post_completions(self) -> None:
-        values = self.server.profile.sampling() | self.read(COMPLETIONS)
-        check_together(values)
-        self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE, 16)
+    # ── asking the engine ──
 
     def generate(
         self,
@@ -453,8 +360,6 @@ class Handler(Connection):
             self.log_note = answer.describe()
             ended(**answer.seconds())
 
-    # ── POST routes that ask the engine without generating ──
-
     def ask(self, name: str, **arguments: Any) -> Any:
         """One call to the engine."""
         client = self.client()
@@ -473,123 +378,6 @@ class Handler(Connection):
         finally:
             job.cancel()
         raise ApiError(504, f"No answer within {self.server.request_timeout:g} s (--request-timeout).", code="timeout")
-
-    # ── the operator's routes ──
-
-    def read_operation(self) -> dict[str, Any]:
-        """Here no other model stands in for the one that is named."""
-        values, _ = read_fields(parse_json(self.body), OPERATE, strict=True)
-        name = require(values, "model", OPERATE)
-        if (model := self.server.models.catalog.find(name)) is None:
-            raise ApiError(404, f"There is no model {name!r}. GET /v1/models lists them.", "model", "model_not_found")
-        self.model = model
-        return values
-
-    def post_load(self) -> None:
-        """Load a model and tell when it is there; `stream`: how far it is, as server-sent events."""
-        values = self.read_operation()
-        models, wait = self.server.models, self.prefers_to_wait()
-        if values.get("stream"):
-            return self.stream_load()
-        models.acquire(self.model, self.client(), self.peer_gone, self.server.request_timeout if wait is None else wait)
-        self.reply(200, self.load_event("loaded"))
-
-    def stream_load(self) -> None:
-        models, told = self.server.models, b""
-        while True:
-            try:
-                models.acquire(self.model, self.client(), self.peer_gone, 0.1)
-                status = "loaded"
-            except (StillLoading, Conflict):
-                status = "loading"
-            life = models.lives.get(self.model.life)
-            progress = 1.0 if status == "loaded" else round(life.progress, 3) if life else 0.0
-            event = sse(self.load_event(status) | {"progress": progress})
-            if not self.streaming:
-                self.begin_stream(event)
-            elif event != told:
-                self.write(self.framed(event))
-            told = event
-            if status == "loaded":
-                return self.end_stream(DONE)
-            if self.peer_gone():
-                raise PeerGone
-
-    def post_unload(self) -> None:
-        """Take a model out of memory, once it has answered what it has begun."""
-        self.read_operation()
-        life = self.server.models.unload(self.model)
-        until = time.monotonic() + self.server.request_timeout
-        while life.state == "draining" and time.monotonic() < until and not self.peer_gone():
-            time.sleep(PEER_CHECK_S)
-        self.reply(200, self.load_event(life.state) | {"object": "model.unload"})
-
-    def load_event(self, status: str) -> dict[str, Any]:
-        return {"object": "model.load", "status": status, "model": self.server.models.catalog.public(self.model)}
-
-    def post_embeddings(self) -> None:
-        values = self.read(EMBEDDINGS)
-        prompts = require(values, "input", EMBEDDINGS)
-        self.must("embed", "generate")
-        if self.model.task == "generate" and self.model.kind != "upstream":
-            self.check_embeds()
-        limit = values.get("truncate_prompt_tokens")
-        found = self.ask("embed", prompts=prompts, prompt_name=values.get("prompt_name"), limit=limit)
-        self.reply(200, embeddings(found["vectors"], values, self.model_name(values), found["tokens"]))
-
-    def check_embeds(self) -> None:
-        """A model that generates embeds only where its engine can, and the server was told so."""
-        spec, able = self.server.models.spec(self.model), " and ".join(WITH_EMBEDDINGS)
-        if spec.backend in LACKS and spec.backend not in WITH_EMBEDDINGS:
-            told = f"This model generates, and with such a model {spec.backend} does not embed; {able} can."
-            raise ApiError(400, told, "input", "unsupported_parameter")
-        if not spec.embeddings:
-            told = f"This model generates; for its embeddings start the server with --embeddings (engines: {able})."
-            raise ApiError(400, told, "model", "unsupported_parameter")
-
-    def post_rerank(self) -> None:
-        values = self.read(RERANK)
-        query, documents = require(values, "query", RERANK), require(values, "documents", RERANK)
-        found = self.score([query], documents, values, ranks=True)
-        self.reply(200, ranking(found["scores"], values, self.model_name(values), found["tokens"]))
-
-    def post_score(self) -> None:
-        values = self.read(SCORE)
-        first, second = require(values, "text_1", SCORE), require(values, "text_2", SCORE)
-        if len(first) not in (1, len(second)):
-            raise ApiError(400, "'text_1' must be one text, or as many as 'text_2'.", "text_1")
-        found = self.score(first, second, values, ranks=False)
-        self.reply(200, pair_scores(found["scores"], self.model_name(values), found["tokens"]))
-
-    def score(self, queries: list[str], documents: list[str], values: dict[str, Any], ranks: bool) -> Any:
-        self.must("rerank", "embed")
-        limit = values.get("truncate_prompt_tokens")
-        return self.ask("score", queries=queries, documents=documents, limit=limit, ranks=ranks)
-
-    def post_tokenize(self) -> None:
-        values = self.read(TOKENIZE)
-        given = [values[name] for name in ("content", "prompt", "text") if name in values]
-        if len(given) + ("messages" in values) != 1:
-            raise ApiError(400, "Give one of 'content', 'prompt', 'text' and 'messages'.", "content")
-        special = values.get("add_special", values.get("add_special_tokens", bool(given)))
-        prompt = Prompt(text=given[0]) if given else chat_prompt(values)
-        with_pieces, strings = values.get("with_pieces"), values.get("return_token_strs")
-        answer = self.ask("tokenize", prompt=prompt, add_special=special, pieces=bool(with_pieces or strings))
-        pieces = answer.pop("pieces", ())
-        if strings:
-            answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
-        if with_pieces:
-            answer["tokens"] = [
-                {"id": i, "piece": piece_json(piece)} for i, piece in zip(answer["tokens"], pieces, strict=True)
-            ]
-        self.reply(200, answer)
-
-    def post_detokenize(self) -> None:
-        text = self.ask("detokenize", tokens=require(self.read(DETOKENIZE), "tokens", DETOKENIZE))
-        self.reply(200, {"content": text, "prompt": text})  # llama-server's name, and vLLM's
-
-    def post_apply_template(self) -> None:
-        self.reply(200, {"prompt": self.ask("render", prompt=chat_prompt(self.read(TEMPLATE)))})
 
 
 class Generation:
@@ -738,7 +526,227 @@ class Generation:
         return note + f" finish={','.join(c.finish or 'none' for c in completion.choices)}"
 
 
-class Dialects(Handler):
+class Routes(Handler):
+    """What each route answers."""
+
+    # ── GET ──
+
+    def get_root(self) -> None:
+        page = self.server.page
+        if page and wants_page(self.headers.get("Accept", "")):
+            return self.reply_bytes(200, page.body, page.kind, page.headers)
+        models = self.server.models
+        current = models.current()
+        self.reply(200, {
+            "service": "openai_api_endpoint", "version": VERSION, "status": models.status(),
+            "model": current and models.catalog.public(current.model), "engine": current and models.backend(current.model),
+            "admin": self.server.access.admin is not None, "routes": list(ROUTES),
+        }, [("Vary", "Accept")])  # fmt: skip
+
+    def get_health(self) -> None:
+        if not self.server.models.ready:
+            body = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+            return self.reply(503, body, [("Retry-After", "2")])
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+        self.reply(200, {"status": "ok", "timestamp": stamp})
+
+    def get_healthz(self) -> None:
+        models = self.server.models
+        current, switch = models.current(), models.switch
+        body = {
+            "status": models.status(),
+            "loaded": current is not None and current.state == "loaded",
+            "model_id": current and models.catalog.public(current.model),
+            "inference_backend": current and models.backend(current.model),
+            "queue_depth": models.queue_depth(),
+            "switch_in_progress": switch is not None,
+            "switch_target_model": switch and models.catalog.public(switch.target.model),
+        }
+        self.reply(200, body | ({"last_error": self.server.without_paths(models.last_error)} if models.last_error else {}))
+
+    def model_card(self, model: Model) -> dict[str, Any]:
+        models = self.server.models
+        name, status, failure = models.catalog.public(model), models.status_of(model), models.failure_of(model)
+        return {
+            "id": name, "object": "model", "created": model.created, "owned_by": self.server.profile.owned_by,
+            "permission": [], "root": name, "parent": None, "status": status, "loaded": status == "loaded",
+            **({"error": self.server.without_paths(failure)} if failure else {}),
+            **({} if model.task == "generate" else {"task": model.task}),
+        }  # fmt: skip
+
+    def get_models(self) -> None:
+        models, found = self.server.models, self.server.models.catalog.models()
+        now = (
+            found,
+            {id: (models.status_of(life.model), life.failure) for id, life in list(models.lives.items())},
+            dict(models.catalog.shown),
+        )
+        if self.server.listing[0] != now:  # thousands of models take milliseconds to write
+            data = [self.model_card(model) for model in found.values()]
+            self.server.listing = (now, compact({"object": "list", "data": data}))
+        self.reply(200, self.server.listing[1])
+
+    def get_model(self, name: str) -> None:
+        model = self.server.models.catalog.find(name)
+        if model is None:
+            raise ApiError(404, f"There is no model {name!r}. GET /v1/models lists them.", "model", "model_not_found")
+        self.reply(200, self.model_card(model))
+
+    def get_capabilities(self) -> None:
+        models, model = self.server.models, self.queried_model()
+        life = models.lives.get(model.id)
+        syntax = life.engine.syntax() if life and life.engine else {}
+        found = {"template": syntax} if syntax else {}  # known once the model is loaded
+        self.reply(200, capabilities(models.backend(model), TABLES) | found)
+
+    def get_tokenizer_info(self) -> None:
+        """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
+        models, model = self.server.models, self.queried_model()
+        refuse_lacking("tokenizer_info", "inside", models.backend(model))
+        info = models.acquire(model, self.client(), self.peer_gone, self.prefers_to_wait()).info
+        self.reply(200, {"tokenizer_class": "remote", **(info.tokenizer if info else {})})
+
+    def get_metrics(self) -> None:
+        metrics = self.server.metrics
+        if metrics is None:
+            raise ApiError(404, "There are no metrics: start the server with --metrics.", code="metrics_off")
+        self.reply_bytes(200, metrics.render(self.server.models), CONTENT_TYPE)
+
+    # ── generation ──
+
+    def post_chat_completions(self) -> None:
+        profile, values = self.server.profile, self.read(CHAT)
+        values = {"stream": profile.stream} | profile.sampling() | values
+        check_together(values)
+        self.generate([chat_prompt(values)], values, CHAT_SHAPE, profile.max_tokens)
+
+    def post_completions(self) -> None:
+        values = self.server.profile.sampling() | self.read(COMPLETIONS)
+        check_together(values)
+        self.generate(require(values, "prompt", COMPLETIONS), values, TEXT_SHAPE, 16)
+
+    # ── what generates nothing ──
+
+    def post_embeddings(self) -> None:
+        values = self.read(EMBEDDINGS)
+        prompts = require(values, "input", EMBEDDINGS)
+        self.must("embed", "generate")
+        if self.model.task == "generate" and self.model.kind != "upstream":
+            self.check_embeds()
+        limit = values.get("truncate_prompt_tokens")
+        found = self.ask("embed", prompts=prompts, prompt_name=values.get("prompt_name"), limit=limit)
+        self.reply(200, embeddings(found["vectors"], values, self.model_name(values), found["tokens"]))
+
+    def check_embeds(self) -> None:
+        """A model that generates embeds only where its engine can, and the server was told so."""
+        spec, able = self.server.models.spec(self.model), " and ".join(WITH_EMBEDDINGS)
+        if spec.backend in LACKS and spec.backend not in WITH_EMBEDDINGS:
+            told = f"This model generates, and with such a model {spec.backend} does not embed; {able} can."
+            raise ApiError(400, told, "input", "unsupported_parameter")
+        if not spec.embeddings:
+            told = f"This model generates; for its embeddings start the server with --embeddings (engines: {able})."
+            raise ApiError(400, told, "model", "unsupported_parameter")
+
+    def post_rerank(self) -> None:
+        values = self.read(RERANK)
+        query, documents = require(values, "query", RERANK), require(values, "documents", RERANK)
+        found = self.score([query], documents, values, ranks=True)
+        self.reply(200, ranking(found["scores"], values, self.model_name(values), found["tokens"]))
+
+    def post_score(self) -> None:
+        values = self.read(SCORE)
+        first, second = require(values, "text_1", SCORE), require(values, "text_2", SCORE)
+        if len(first) not in (1, len(second)):
+            raise ApiError(400, "'text_1' must be one text, or as many as 'text_2'.", "text_1")
+        found = self.score(first, second, values, ranks=False)
+        self.reply(200, pair_scores(found["scores"], self.model_name(values), found["tokens"]))
+
+    def score(self, queries: list[str], documents: list[str], values: dict[str, Any], ranks: bool) -> Any:
+        self.must("rerank", "embed")
+        limit = values.get("truncate_prompt_tokens")
+        return self.ask("score", queries=queries, documents=documents, limit=limit, ranks=ranks)
+
+    def post_tokenize(self) -> None:
+        values = self.read(TOKENIZE)
+        given = [values[name] for name in ("content", "prompt", "text") if name in values]
+        if len(given) + ("messages" in values) != 1:
+            raise ApiError(400, "Give one of 'content', 'prompt', 'text' and 'messages'.", "content")
+        special = values.get("add_special", values.get("add_special_tokens", bool(given)))
+        prompt = Prompt(text=given[0]) if given else chat_prompt(values)
+        with_pieces, strings = values.get("with_pieces"), values.get("return_token_strs")
+        answer = self.ask("tokenize", prompt=prompt, add_special=special, pieces=bool(with_pieces or strings))
+        pieces = answer.pop("pieces", ())
+        if strings:
+            answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+        if with_pieces:
+            answer["tokens"] = [
+                {"id": i, "piece": piece_json(piece)} for i, piece in zip(answer["tokens"], pieces, strict=True)
+            ]
+        self.reply(200, answer)
+
+    def post_detokenize(self) -> None:
+        text = self.ask("detokenize", tokens=require(self.read(DETOKENIZE), "tokens", DETOKENIZE))
+        self.reply(200, {"content": text, "prompt": text})  # llama-server's name, and vLLM's
+
+    def post_apply_template(self) -> None:
+        self.reply(200, {"prompt": self.ask("render", prompt=chat_prompt(self.read(TEMPLATE)))})
+
+    # ── the operator's ──
+
+    def read_operation(self) -> dict[str, Any]:
+        """Here no other model stands in for the one that is named."""
+        values, _ = read_fields(parse_json(self.body), OPERATE, strict=True)
+        name = require(values, "model", OPERATE)
+        if (model := self.server.models.catalog.find(name)) is None:
+            raise ApiError(404, f"There is no model {name!r}. GET /v1/models lists them.", "model", "model_not_found")
+        self.model = model
+        return values
+
+    def post_load(self) -> None:
+        """Load a model and tell when it is there; `stream`: how far it is, as server-sent events."""
+        values = self.read_operation()
+        models, wait = self.server.models, self.prefers_to_wait()
+        if values.get("stream"):
+            return self.stream_load()
+        models.acquire(self.model, self.client(), self.peer_gone, self.server.request_timeout if wait is None else wait)
+        self.reply(200, self.load_event("loaded"))
+
+    def stream_load(self) -> None:
+        models, told = self.server.models, b""
+        while True:
+            try:
+                models.acquire(self.model, self.client(), self.peer_gone, 0.1)
+                status = "loaded"
+            except (StillLoading, Conflict):
+                status = "loading"
+            life = models.lives.get(self.model.life)
+            progress = 1.0 if status == "loaded" else round(life.progress, 3) if life else 0.0
+            event = sse(self.load_event(status) | {"progress": progress})
+            if not self.streaming:
+                self.begin_stream(event)
+            elif event != told:
+                self.write(self.framed(event))
+            told = event
+            if status == "loaded":
+                return self.end_stream(DONE)
+            if self.peer_gone():
+                raise PeerGone
+
+    def post_unload(self) -> None:
+        """Take a model out of memory, once it has answered what it has begun."""
+        self.read_operation()
+        life = self.server.models.unload(self.model)
+        until = time.monotonic() + self.server.request_timeout
+        while life.state == "draining" and time.monotonic() < until and not self.peer_gone():
+            time.sleep(PEER_CHECK_S)
+        self.reply(200, self.load_event(life.state) | {"object": "model.unload"})
+
+    def load_event(self, status: str) -> dict[str, Any]:
+        return {"object": "model.load", "status": status, "model": self.server.models.catalog.public(self.model)}
+
+
+class Dialects(Routes):
     """The routes of /v1/responses and /v1/messages: each makes a chat request of its body, and tells the completion its own way."""
 
     def is_messages(self) -> bool:
@@ -909,18 +917,18 @@ class Dialects(Handler):
 
 Action = Callable[..., None]
 ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Allow follow from it
-    "/": {"GET": Handler.get_root},
-    "/health": {"GET": Handler.get_health},
-    "/healthz": {"GET": Handler.get_healthz},
-    "/models": {"GET": Handler.get_models},
-    "/models/{id}": {"GET": Handler.get_model},
-    "/capabilities": {"GET": Handler.get_capabilities},
-    "/tokenizer_info": {"GET": Handler.get_tokenizer_info},
-    "/metrics": {"GET": Handler.get_metrics},
-    "/models/load": {"POST": Handler.post_load},
-    "/models/unload": {"POST": Handler.post_unload},
-    "/chat/completions": {"POST": Handler.post_chat_completions},
-    "/completions": {"POST": Handler.post_completions},
+    "/": {"GET": Routes.get_root},
+    "/health": {"GET": Routes.get_health},
+    "/healthz": {"GET": Routes.get_healthz},
+    "/models": {"GET": Routes.get_models},
+    "/models/{id}": {"GET": Routes.get_model},
+    "/capabilities": {"GET": Routes.get_capabilities},
+    "/tokenizer_info": {"GET": Routes.get_tokenizer_info},
+    "/metrics": {"GET": Routes.get_metrics},
+    "/models/load": {"POST": Routes.post_load},
+    "/models/unload": {"POST": Routes.post_unload},
+    "/chat/completions": {"POST": Routes.post_chat_completions},
+    "/completions": {"POST": Routes.post_completions},
     "/responses": {"GET": Dialects.get_responses, "POST": Dialects.post_responses},
     "/responses/input_tokens": {"POST": Dialects.post_input_tokens},
     "/responses/{id}": {"GET": Dialects.get_response, "DELETE": Dialects.delete_response},
@@ -928,16 +936,16 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/responses/{id}/cancel": {"POST": Dialects.post_cancel},
     "/messages": {"POST": Dialects.post_messages},
     "/messages/count_tokens": {"POST": Dialects.post_count_tokens},
-    "/embeddings": {"POST": Handler.post_embeddings},
-    "/rerank": {"POST": Handler.post_rerank},
-    "/v2/rerank": {"POST": Handler.post_rerank},  # Cohere's
-    "/score": {"POST": Handler.post_score},
-    "/tokenize": {"POST": Handler.post_tokenize},
-    "/detokenize": {"POST": Handler.post_detokenize},
-    "/apply-template": {"POST": Handler.post_apply_template},
+    "/embeddings": {"POST": Routes.post_embeddings},
+    "/rerank": {"POST": Routes.post_rerank},
+    "/v2/rerank": {"POST": Routes.post_rerank},  # Cohere's
+    "/score": {"POST": Routes.post_score},
+    "/tokenize": {"POST": Routes.post_tokenize},
+    "/detokenize": {"POST": Routes.post_detokenize},
+    "/apply-template": {"POST": Routes.post_apply_template},
 }
-OPERATORS = {Handler.post_load, Handler.post_unload}  # only with --admin
-OPEN_TO_ALL = {Handler.get_root, Handler.get_health, Handler.get_healthz}  # no API key needed
+OPERATORS = {Routes.post_load, Routes.post_unload}  # only with --admin
+OPEN_TO_ALL = {Routes.get_root, Routes.get_health, Routes.get_healthz}  # no API key needed
 
 
 TABLES = BODIES | responses_api.BODIES | messages_api.BODIES  # the fields of every route's body
