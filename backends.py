@@ -687,7 +687,7 @@ class LlamaCpp(LlamaModel):
                 slot.todo += slot.drafts
         for slot in decoding + prefilling:
             prompt = len(slot.todo) > 1 and not slot.drafts
-            scored = prompt and slot.scores
+            scored = prompt and bool(slot.scores)
             piece = slot.todo[: min(room, self.BATCH_SCORED) if scored else room]
             if not piece or (prompt and len(slot.todo) > free):  # the next in line waits until the whole of it fits
                 break
