@@ -858,7 +858,7 @@ def cache_layout(spec: EngineSpec, trained: int, kv_bytes: int) -> tuple[int, bo
         return max(min(spec.cache_tokens // spec.slots, trained), 256) * spec.slots, False
     if not spec.cache_tokens and kv_bytes and memory and spec.slots * length * kv_bytes <= memory // 16:
         return max(length, 256) * spec.slots, False
-    return spec.cache_tokens or default_cache_tokens(spec.slots, trained, kv_bytes), True
+    return spec.cache_tokens or default_cache_tokens(spec.slots, trained, kv_bytes, memory), True
 
 
 def shared(a: list[int], b: list[int], limit: int) -> int:
