@@ -88,7 +88,7 @@ from api_request import (
 from backends import LACKS, WITH_EMBEDDINGS
 from background import Background, Running
 from catalog import Model, UsageError
-from engine import Answer, Delta, Details, Event, Prompt, Refused, Started, log, weight_files
+from engine import Answer, Delta, Details, Event, Prompt, Refused, Sampling, Started, log, weight_files
 from engine_handle import Job, Sink
 from http11 import PEER_CHECK_S, PREFIX, Connection, HttpLimits, HttpServer, PeerGone, tls_context
 from metrics import CONTENT_TYPE, Metrics, Tally
@@ -320,20 +320,7 @@ class Handler(Connection):
         job = self.submit(
             lambda engine: engine.submit(prompts, sampling, client, self.model.id if self.model.served_by else "")
         )
-        assert job.engine.info is not None
-        completion = Completion(
-            shape.prefix + f"{random.getrandbits(128):032x}",
-            self.model_name(values),
-            job.engine.info.fingerprint,
-            [Choice() for _ in range(sampling.n * len(prompts))],
-            shape,
-            sampling.logprobs is not None,
-            constraint_of(values),
-            promised=promised(prompts[0]),
-            reasons=shape is CHAT_SHAPE and bool(job.engine.syntax().get("reasoning")),
-            hide_reasoning=values.get("include_reasoning") is False,
-            functions="functions" in values and "tools" not in values,
-        )
+        completion = self.completion_of(job, prompts, sampling, values, shape)
         metrics = self.server.metrics
         if metrics:
             completion.gaps = Tally("inter_token_latency_seconds")
@@ -359,6 +346,25 @@ class Handler(Connection):
             job.cancel()
             self.log_note = answer.describe()
             ended(**answer.seconds())
+
+    def completion_of(
+        self, job: Job, prompts: list[Prompt], sampling: Sampling, values: dict[str, Any], shape: Shape
+    ) -> Completion:
+        """The completion of a job that has just been submitted, still without a delta."""
+        assert job.engine.info is not None
+        return Completion(
+            shape.prefix + f"{random.getrandbits(128):032x}",
+            self.model_name(values),
+            job.engine.info.fingerprint,
+            [Choice() for _ in range(sampling.n * len(prompts))],
+            shape,
+            sampling.logprobs is not None,
+            constraint_of(values),
+            promised=promised(prompts[0]),
+            reasons=shape is CHAT_SHAPE and bool(job.engine.syntax().get("reasoning")),
+            hide_reasoning=values.get("include_reasoning") is False,
+            functions="functions" in values and "tools" not in values,
+        )
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """One call to the engine."""
