@@ -51,17 +51,18 @@ def cut(caplog):
 def test_sixty_schemas(engine, cut):
     """Nested, recursive, bounded, empty, impossible: each holds or is refused by name, and none hurts the engine."""
     pid = engine.models.engine.process.pid
-    assert len(SCHEMAS) >= 60
+    cases = SCHEMAS[::2]  # the others stand in test_constraints.py, without an engine
+    assert len(cases) >= 60
     with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(lambda case: ask(engine, schema_body(case[1], 1) | {"n": 5, "max_tokens": 96}), SCHEMAS))
+        replies = list(pool.map(lambda case: ask(engine, schema_body(case[1], 1) | {"n": 3, "max_tokens": 80}), cases))
     finished = held = 0
-    for (name, schema, refusal), (status, reply, _) in zip(SCHEMAS, replies, strict=True):
+    for (name, schema, refusal), (status, reply, _) in zip(cases, replies, strict=True):
         if refusal:
             assert (status, reply["error"]["param"]) == (400, "response_format"), name
             assert refusal in reply["error"]["message"], name
             continue
         assert status == 200, (name, reply)
-        held += 5
+        held += 3
         for choice in reply["choices"]:
             if choice["finish_reason"] == "stop":
                 finished += 1
