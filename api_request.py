@@ -250,7 +250,7 @@ def measure(source: Any, where: str, most: int) -> None:
         for over, says in (
             (characters > most, f"more than {most} characters (--max-constraint)"),
             (parts > MOST_PARTS, f"more than {MOST_PARTS} words and values"),
-            (depth > DEEPEST, f"a nesting deeper than {DEEPEST}"),
+            (depth > DEEPEST, f"values nested deeper than {DEEPEST}"),
         ):
             if over:
                 raise ApiError(400, f"'{where}' cannot be honoured: it has {says}.", where, "unsupported_constraint")
