@@ -353,7 +353,8 @@ class Parser(Calls):
             hit = found.whole.search(self.text, self.at)
             if hit and not self.closed and self.longer(found, hit):
                 hit = None
-            end = hit.start() if hit else len(self.text) if self.closed else found.cut(self.text, self.at)
+            torn = self.was_cut and self.calls > 0  # what may be the beginning of one more call is no content
+            end = hit.start() if hit else len(self.text) if self.closed and not torn else found.cut(self.text, self.at)
             chunk = self.text[self.at : end]
             shown = chunk.rstrip() if hit or not self.closed else chunk
             self.emit(kind, shown)

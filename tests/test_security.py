@@ -340,12 +340,11 @@ def test_file_numbers_are_kept_for_engines(demo):
         socks = [connect(served) for _ in range(140)]
         assert served.request("GET", "/health")[0] == 200
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        engines = [
-            int(child)
-            for task in Path(f"/proc/{process.pid}/task").iterdir()
-            for child in (task / children.name).read_text().split()
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
+        engines = []
+        for task in Path(f"/proc/{process.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+                found = (task / children.name).read_text().split()
+                engines += [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
         assert engines
         for engine in engines:
             os.kill(engine, signal.SIGKILL)

@@ -345,7 +345,7 @@ def test_llm_serve_broken_model(llm_serve, demo):
     until(lambda: post(url, model=BROKEN, messages=user("x"), max_tokens=5)[0] == 503)
     until(lambda: get(url + "/healthz")["loaded"])
     health = get(url + "/healthz")
-    assert (health["status"], health["model_id"]) == ("degraded", QWEN) and "broken" in health["last_error"]
+    assert (health["status"], health["model_id"]) == ("degraded", QWEN) and "model.gguf" in health["last_error"]
     assert post(url, model=QWEN, messages=user("x"), max_tokens=5)[0] == 200
 
 
