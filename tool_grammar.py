@@ -52,6 +52,12 @@ class Rules:
     def many(self, body: str) -> str:
         return f"{self.add(body)}*"
 
+    def up_to_times(self, body: str, most: int) -> str:
+        rest = ""
+        for _ in range(most):
+            rest = self.maybe(joined(body, rest))
+        return rest
+
     def one_of(self, bodies: Iterable[str]) -> str:
         return self.add(" | ".join(bodies))
 
@@ -123,7 +129,7 @@ class CallsGrammar(NamedTuple):
 def calls_grammar(
     syntax: Syntax, tools: Sequence[dict[str, Any]], names: Sequence[str] | None, forced: bool, parallel: bool
 ) -> CallsGrammar:
-    """Forced: one call or, `parallel`, more. Else, where a tool is strict: any text, and calls once one is begun. Raises Unsupported."""
+    """Forced: one call or, `parallel`, as many as there are tools (a small model would call for ever). Else, where a tool is strict: any text, and calls once one is begun. Raises Unsupported."""
     functions = [tool["function"] for tool in tools if names is None or tool["function"]["name"] in names]
     channels = syntax.form == "channels" and CHANNEL_FRAMES[syntax.name][3] is not None and forced
     native = (
@@ -135,7 +141,8 @@ def calls_grammar(
     rules = Rules()
     call = rules.one_of(one_call(rules, form, function, number, forced) for number, function in enumerate(functions))
     single = not parallel or not form.between or (forced and names is not None and len(names) == 1)
-    again = "" if single else rules.many(joined(quoted(form.between), call))
+    more = joined(quoted(form.between), call)
+    again = "" if single else rules.up_to_times(more, len(functions) - 1) if forced else rules.many(more)
     if forced:
         return CallsGrammar(rules.text(joined(quoted(form.before), call, again, quoted(form.after))), not native)
     opener = syntax.openers[0] if syntax.openers else ""
