@@ -540,6 +540,13 @@ def ebnf_grammar(text: str) -> str:
     Both walk all ways to read a text at once, for every token of the vocabulary: at thousands of places one token takes seconds, and
     everyone waits. What is so ambiguous is made deterministic too, or refused where it recurs or would be too large.
     """
+    try:
+        return _ebnf(text)
+    except RecursionError:
+        raise Unsupported("a grammar nested this deep is not supported") from None
+
+
+def _ebnf(text: str) -> str:
     reader = Gbnf(text, core=True)
     root = reader.read()
     rules = reader.grammar.rules

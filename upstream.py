@@ -31,6 +31,7 @@ from engine import UPSTREAMS, Delta, EngineFailed, EngineInfo, EngineSpec, Promp
 from engine import Answer as Answered
 from engine_handle import DEFAULT_TIMEOUTS, Job, Jobs, Timeouts
 from grammar import ebnf_grammar
+from regular import Unsupported
 
 POLL_S, CONNECT_S = 2.0, 5.0
 POOL = 64  # idle connections kept
@@ -177,7 +178,12 @@ class Upstream(Jobs):
     def launch(self, job: UpstreamJob, prompts: Sequence[Prompt], sampling: Sampling, model: str) -> None:
         """Start what asks the upstream. Raises Refused, RuntimeError, and what admit() raises for a job that is new."""
         assert self.info is not None
-        path, body = request_body(prompts, sampling, model or self.info.models[0])
+        try:
+            path, body = request_body(prompts, sampling, model or self.info.models[0])
+        except Unsupported as error:
+            raise Refused(
+                f"The constraint cannot be honoured: {error}", "structured_outputs", "unsupported_constraint"
+            ) from None
         if "extensions" in UPSTREAMS[self.spec.backend]:
             body.pop("top_k", None)  # only its neutral values have come so far, and they too are beyond OpenAI's
         else:
