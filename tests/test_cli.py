@@ -1,5 +1,6 @@
 """The command, as a user types it."""
 
+import contextlib
 import json
 import os
 import re
@@ -163,8 +164,13 @@ class Command:
 
     def engines(self):
         """Process ids of the engine processes."""
-        children = " ".join(p.read_text() for p in Path(f"/proc/{self.process.pid}/task").glob("*/children")).split()
-        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = []
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                found += [
+                    pid for pid in children.read_text().split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                ]
+        return [int(pid) for pid in found]
 
     def log(self):
         """Without moving where the server writes on: it has the same file."""
