@@ -1,4 +1,8 @@
-"""How a model writes a conversation: its chat template. Text to text; jinja2 is imported in the engine process alone."""
+"""How a model writes a conversation: its chat template, and what that shows of tool calls and reasoning. Text to text.
+
+The template is probed once: conversations that differ in one thing are rendered, and the marks read off the differences. jinja2
+is imported in the workshop's process, and where an engine renders by itself; never in the server's.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """JSON Schema as a grammar, and as a check of values. Text to text: no engine, no HTTP.
 
 Keywords mean what the draft says that `$schema` names, and 2020-12's where it names none (json-schema.org/draft/2020-12), joined by the
-older words that 2020-12 does not have. What is unknown is an annotation, told by `annotations`; what constrains is honoured whole
-or refused by name. A sentence of the grammar always satisfies the schema; the grammar may be narrower (order of properties, digits).
+older words that 2020-12 does not have. What is unknown is an annotation, told by json_schema.unknown_words; what constrains is honoured whole
+or refused by name. A sentence of the grammar always satisfies the schema; the grammar may be narrower (digits; and `writing_grammar`, what a
+model is held to: the schema's order of properties, and none that it does not name).
 
 How: a schema is taken apart into shapes, each a set of values of one type: strings of a language, numbers in a range, objects with
 these properties… A place in a document holds a state, the schemas that its value must all satisfy or fail; a state's shapes are met

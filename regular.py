@@ -846,7 +846,6 @@ _WHOLE = alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, DIGITS - 1))])
 _UNSIGNED = seq(_WHOLE, rep(_FRACTION, 0, 1), rep(_EXPONENT, 0, 1))
 NUMBER = seq(rep(lit("-"), 0, 1), _UNSIGNED)
 _SMALL = seq(NONZERO, rep(_FRACTION, 0, 1), chars("ee", "EE"), lit("-"), rep(lit("0"), 0, 1), NONZERO)  # over 0, under 1
-SPREAD = 17  # digits after the point beside a bound that is left out: more of them may be read as the bound itself
 
 Bound = tuple[Fraction, bool]  # and whether it is left out
 

@@ -1,6 +1,6 @@
 """The grammar of tool calls: what a model must write where calls are forced, and may write where a tool is strict. Text to text.
 
-Written in what constraints.py writes: rules named root and r0, r1, …, positive classes, and repetition of single rules only.
+Written in the core of grammar.py: rules named root and r0, r1, …, tokens t0, t1, …, positive classes, repetition of single rules only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An engine that is another server: vLLM, TensorRT-LLM, or anything that speaks the OpenAI API.
 
-Upstream has the face of engine.Engine, so that everything above it is the same; it lives in the server process, since
+Upstream has the face of engine_handle.Engine, so that everything above it is the same; it lives in the server process, since
 there is no native library to keep away. A job's thread asks, and one thread for all reads what comes and never waits for a
 client; closing the connection is how a job is cancelled, there as here. Nothing is sent again once a byte has come back.
 """
