@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
+import memory
 from chat_syntax import ChatTemplate
 from engine import (
     UPSTREAMS,
@@ -176,6 +177,15 @@ class OpenVino(OpenVinoModel):
         self.handles: dict[int, Any] = {}
         self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
+        self.take_cache()
+
+    def take_cache(self) -> None:
+        """The library allocates the KV cache at its first step."""
+        with memory.taken_at_once():
+            seq, _ = self.start([self.eos_id], Sampling(max_tokens=1, ignore_eos=True))
+            while not self.step():
+                pass
+        self.cancel(seq)
 
     def load(self, spec: EngineSpec, scheduler: Any) -> Any:
         """To convert a GGUF file takes longer than all the rest of a start: its IR is kept in the cache folder."""
@@ -1036,7 +1046,8 @@ class Transformers(HfModel):
             ),
         )
         self.new_state = importlib.import_module("transformers.generation.continuous_batching.requests").RequestState
-        self.processor = manager._create_batch_processor()
+        with memory.taken_at_once():  # the KV cache
+            self.processor = manager._create_batch_processor()
         self.processor.model_runner._sample = self.sample
         self.cache_class = transformers.DynamicCache
         self.paged = self.model.config._attn_implementation == "paged|eager"  # which works inside the batch alone

@@ -655,8 +655,8 @@ class EngineLoop:
         self.turns: dict[str, int] = {}  # when each client last got a slot
         self.clock = itertools.count(1)
         self.pool = Pool(backend)
-        self.pace = GrammarPace()
-        self.credit = self.SHARE_S  # seconds that other work may take before the next step: as many as steps have taken
+        self.pace, self.prompts = GrammarPace(), PromptPace()
+        self.credit = self.SHARE_S  # seconds that other work may take before the next step: half of what answers have taken
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
         self.inbox_has = readable(conn)
@@ -669,12 +669,18 @@ class EngineLoop:
                 self.admit()
                 self.out += self.pool.advance()
                 self.flush()  # what was taken or refused is told before a step, which may be long
-                began = time.monotonic()
-                self.step()
-                self.credit = min(self.SHARE_S, self.credit + time.monotonic() - began)
+                self.timed_step()
                 self.flush()
         except (EOFError, OSError):
             pass  # the server is gone, or has closed us
+
+    def unread(self) -> list[int]:
+        """How long the prompts are that are being read."""
+        return [len(choice.request.ids) for choice in self.active.values() if not choice.taken]
+
+    def answering(self) -> bool:
+        """Does the next step bring somebody a token?"""
+        return any(choice.taken for choice in self.active.values())
 
     def flush(self) -> None:
         """One message per step; without news one a second, so that a long prefill is not taken for a hang."""
@@ -721,7 +727,7 @@ class EngineLoop:
         self.work.put(client, Work(job, client, "answer", CALLS[name](self.backend, **arguments)))
 
     def catch_up(self) -> None:
-        """Do what is to be done beside steps, in turns by client: while somebody waits for a step, as long as steps have taken."""
+        """Do what is to be done beside steps, in turns by client: while somebody waits for a step, for half of what steps take."""
         if not self.active:
             self.credit = self.SHARE_S
         while self.work and (self.credit > 0 or not (self.active or self.waiting)):
@@ -824,6 +830,9 @@ class EngineLoop:
         if not able and self.active:
             return None
         client = min(able or self.waiting.lines, key=lambda client: (running[client], self.turns.get(client, 0)))
+        length = len(self.waiting.lines[client][0].request.ids)
+        if self.answering() and not self.prompts.allows([length, *self.unread()]):
+            return None
         choice = self.waiting.take(client)
         self.pace.began(choice.request.sampling.grammar)
         if len(self.turns) > 10_000:
@@ -854,6 +863,12 @@ class EngineLoop:
             self.active[seq] = choice
             if choice.index % sampling.n == 0:
                 self.out.append((request.job, Started(len(request.ids), cached, time.monotonic())))
+
+    def timed_step(self) -> None:
+        reading, answering, began = bool(self.unread()), self.answering(), time.monotonic()
+        self.step()
+        given = self.prompts.stepped(time.monotonic() - began, reading, answering)
+        self.credit = min(self.SHARE_S, self.credit + given / 2)
 
     def step(self) -> None:
         if not self.active:
@@ -911,6 +926,34 @@ class EngineLoop:
         for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
             del self.active[seq]
             self.backend.cancel(seq)
+
+
+class PromptPace:
+    """While somebody is answered, prompts take no more of the steps' time than answers do: what one has cost is paid for before
+    the next begins, and long ones begin one after the other."""
+
+    BURST_S, DEBT_S, AT_ONCE = 0.5, 10.0, 512
+
+    def __init__(self) -> None:
+        self.credit = self.BURST_S
+        self.decode_s = 0.0  # what a step takes that reads no prompt
+
+    def allows(self, lengths: Sequence[int]) -> bool:
+        """May a prompt begin, so that prompts of these lengths are being read?"""
+        return self.credit > 0 and sum(lengths) - max(lengths) <= self.AT_ONCE
+
+    def stepped(self, seconds: float, reading: bool, answering: bool) -> float:
+        """A step has taken so long. Returns what of it went to answers; all of it where nobody waits for one."""
+        if not answering:
+            self.credit = self.BURST_S
+            return seconds
+        if not reading:
+            self.decode_s += (seconds - self.decode_s) / (4 if self.decode_s else 1)
+        given = min(seconds, self.decode_s)
+        self.credit = max(
+            -self.DEBT_S, min(self.BURST_S, self.credit + 2 * given - seconds if reading else self.credit + given)
+        )
+        return given
 
 
 class GrammarPace:

@@ -1,15 +1,17 @@
-"""Memory that is no longer needed goes back to the system: what one large request took is not kept for ever.
+"""Memory that will be needed is taken at the start, and what is no longer needed goes back: one large request is not kept for ever.
 
 Only glibc's allocator needs telling: it keeps freed blocks for later, and an arena for each of many threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-MMAP_THRESHOLD, ARENA_MAX = -3, -8  # mallopt's names for them (malloc.h)
+MMAP_THRESHOLD, PERTURB, ARENA_MAX = -3, -6, -8  # mallopt's names for them (malloc.h)
 
 
 def libc() -> Any:
@@ -30,3 +32,17 @@ def be_sparing() -> None:
 def give_back() -> None:
     if library := libc():
         library.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def taken_at_once() -> Iterator[None]:
+    """What is allocated meanwhile is written to, so that the system has to give it now: a KV cache that does not fit is found out
+    when the model is loaded, not in the middle of somebody's answer, and no client makes the engine grow."""
+    library = libc()
+    if library:
+        library.mallopt(PERTURB, 0xFF)  # blocks are filled with the complement, which is zeros
+    try:
+        yield
+    finally:
+        if library:
+            library.mallopt(PERTURB, 0)

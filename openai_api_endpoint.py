@@ -17,6 +17,7 @@ rendered in `Handler.fail`. The first delta decides the status line: until then 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -107,6 +108,8 @@ PREFLIGHT = (
     ("Access-Control-Allow-Headers", "*, Authorization"),
     ("Access-Control-Max-Age", "86400"),
 )
+LARGE_BODY = 1 << 20  # bytes
+LARGE_ONES = threading.Lock()  # are read one by one: their JSON takes ten times their size, and the interpreter for itself
 GIVE_BACK_S = 5.0  # how often memory is given back, while requests come
 
 
@@ -208,6 +211,10 @@ class Handler(Connection):
 
     def read(self, table: dict[str, Field], chat: bool = True) -> dict[str, Any]:
         """The body's fields, and self.model. Names that nobody knows are told in a header. `chat`: no dialect's body."""
+        with LARGE_ONES if len(self.body) > LARGE_BODY else contextlib.nullcontext():
+            return self.read_body_fields(table, chat)
+
+    def read_body_fields(self, table: dict[str, Field], chat: bool) -> dict[str, Any]:
         body, models, unknown = parse_json(self.body), self.server.models, None
         if not self.server.record:
             self.body = b""  # it can be large, and the answer can take long

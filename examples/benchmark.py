@@ -15,6 +15,9 @@ table says how much CPU it took.
 from __future__ import annotations
 
 import argparse
+import array
+import base64
+import contextlib
 import http.client
 import json
 import multiprocessing
@@ -26,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -341,6 +345,73 @@ class RawExLlamaV3:
                         token(result["identifier"])
 
 
+def bare_transformers(path: str, threads: int) -> Callable[[list[str]], Any]:
+    """Texts of like length in batches of 32, the mean of the last hidden states: what sentence-transformers does."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(path), transformers.AutoModel.from_pretrained(path).eval()
+
+    def embed(texts: list[str]) -> Any:
+        vectors: dict[int, Any] = {}
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        for start in range(0, len(order), 32):
+            batch = order[start : start + 32]
+            given = tokenizer([texts[i] for i in batch], padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                hidden, mask = model(**given).last_hidden_state, given["attention_mask"][..., None]
+                rows = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+            vectors.update(zip(batch, rows.numpy(), strict=True))
+        return [vectors[i] for i in range(len(texts))]
+
+    return embed
+
+
+def bare_llamacpp(path: str, threads: int) -> Callable[[list[str]], Any]:
+    """llama-cpp-python's own way for many texts: as many in one llama_batch as it has room for."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        path, embedding=True, n_ctx=2048, n_batch=2048, n_ubatch=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    return lambda texts: model.embed(texts, normalize=True)
+
+
+BARE = {"transformers": bare_transformers, "llamacpp": bare_llamacpp}
+
+
+def bare_worker(name: str, path: str, threads: int, conn: Connection) -> None:
+    embed = BARE[name](path, threads)
+    conn.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            (texts,) = conn.recv()
+            start = time.perf_counter()
+            vectors = embed(texts)
+            conn.send((time.perf_counter() - start, [float(x) for x in vectors[0]]))
+
+
+def embeddings(args: argparse.Namespace) -> str:
+    """Short texts in one request, as the OpenAI SDK asks (base64), against the bare library's own batches, in turns."""
+    worker, ratios, words = Worker(bare_worker, args.embed, args.model, args.threads), [], Path(__file__).read_text().split()
+    worker.conn.recv()
+    for round_ in range(args.rounds + 1):
+        texts = [" ".join(words[(i * 7 + round_) % len(words) :][: 4 + i % 13]) for i in range(256)]
+        start = time.perf_counter()
+        connection = http.client.HTTPConnection(urlsplit(args.url).netloc, timeout=600)
+        body = json.dumps({"input": texts, "encoding_format": "base64"})
+        connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+        data = json.loads(connection.getresponse().read())["data"]
+        first = array.array("f", [base64.b64decode(one["embedding"]) for one in data][0])
+        served = time.perf_counter() - start
+        bare, vector = worker.ask(texts)
+        alike = sum(a * b for a, b in zip(first, vector, strict=True))
+        if round_:  # the first warms up
+            ratios.append(bare / served)
+    return f"256 short texts: server ÷ bare {args.embed} = {statistics.median(ratios):.2f}; cosine of the two {alike:.5f}"
+
+
 RAW: dict[str, Any] = {
     "openvino": RawOpenVino,
     "llamacpp": RawLlamaCpp,
@@ -550,7 +621,13 @@ def main() -> None:
     parser.add_argument(
         "--front", action="store_true", help="what the server carries without an engine's cost (see front.py); nothing else"
     )
+    parser.add_argument(
+        "--embed", choices=list(BARE), help="256 texts to embed, against the bare library over --model; nothing else"
+    )
     args = parser.parse_args()
+    if args.embed:
+        print(embeddings(args))
+        return
     if args.front:
         print(front.rows(args.tokens, start_probe))
         return

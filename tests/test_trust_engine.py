@@ -365,13 +365,52 @@ def test_reading_prompts_leaves_half_of_the_time_to_steps(tmp_path, monkeypatch)
         loop.pipe.send(("cancel", -1))  # run() would wait for the next message once in a while
         loop.receive()
         loop.admit()
-        began = clock.now
-        loop.step()
-        loop.credit = min(loop.SHARE_S, loop.credit + clock.now - began)
+        loop.timed_step()
         loop.flush()
     reads = [at for at, what in enumerate(clock.log) if what != "step"]
     assert [clock.log[at] for at in reads[:4]] == ["forever", "a0", "b0", "a1"]  # in turns by client
-    assert min(b - a for a, b in zip(reads[1:], reads[2:], strict=False)) > 9  # a second's reading, ten steps of a tenth
+    assert min(b - a for a, b in zip(reads[2:], reads[3:], strict=False)) > 18  # a second's reading, two of steps
+
+
+class Slow(Scripted):
+    """Reads 100 tokens of each prompt in a step, which then takes so much longer."""
+
+    def start(self, ids, sampling):
+        seq, cached = super().start(ids[:7], sampling)
+        self.left = getattr(self, "left", {}) | {seq: len(ids)}
+        return seq, cached
+
+    def step(self):
+        read = [step for step in super().step() if self.left[step.seq] <= 0]
+        for seq in self.live:
+            self.clock.now += 0.9 if self.left[seq] > 0 else 0
+            self.left[seq] -= 100
+        return read
+
+
+def test_long_prompts_leave_half_of_the_steps_time_to_answers(tmp_path, monkeypatch):
+    ours, theirs = Pipe()
+    loop = EngineLoop(theirs, Slow(EngineSpec("scripted:Scripted", str(tmp_path), 8), lambda fraction: None))
+    clock = loop.backend.clock = Clock(monkeypatch, loop.backend, step=0.1, read=0.0)
+    loop.submit(1, [Prompt(text="forever")], Sampling(), "victim")
+    loop.admit()
+    for _ in range(3):
+        loop.timed_step()
+    loop.submit(2, [Prompt(text="forever " + "x" * 900) for _ in range(14)], Sampling(max_tokens=1), "a")
+    loop.submit(3, [Prompt(text="forever") for _ in range(3)], Sampling(), "b")
+    began, steps, most = clock.now, clock.log.count("step"), 0
+    while clock.now < began + 60:
+        loop.admit()
+        most = max(most, sum(not choice.taken for choice in loop.active.values()))
+        loop.timed_step()
+    assert clock.log.count("step") - steps > 0.4 * 600  # of those that it would have had alone
+    assert most == 3  # a long one, and short ones beside it
+    assert len(loop.waiting) <= 14 - 3  # and prompts do go on
+    loop.cancel(1)
+    loop.cancel(3)
+    while loop.waiting or loop.active:  # nobody waits for a step: as fast as can be
+        loop.admit()
+        loop.timed_step()
 
 
 def test_grammars_that_are_new_come_one_by_one(tmp_path, monkeypatch):
