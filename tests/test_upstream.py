@@ -378,6 +378,25 @@ def test_one_that_is_not_there_yet_and_one_that_goes(far):
         until(lambda: served.request("GET", "/health")[0] == 503)
 
 
+def test_its_address_and_its_password_are_told_to_nobody(far, caplog):
+    url = far.url.replace("http://", "http://anna:hunter2@")
+    with serve_upstream(url, ready=False) as served:
+        until(lambda: served.chat("Hello")[0] == 200)
+        far.close()
+        until(lambda: served.chat("Hello")[0] == 503)
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("GET", "/health"),
+            ("GET", "/v1/models/status"),
+            ("POST", "/v1/chat/completions"),
+        ):
+            told = str(
+                served.request(method, path, {"messages": [{"role": "user", "content": "x"}]} if method == "POST" else None)
+            )
+            assert "hunter2" not in told and far.url.removeprefix("http://") not in told, (path, told)
+    assert "hunter2" not in caplog.text
+
+
 @pytest.mark.parametrize("backend", ["openai", "tensorrt_llm"])
 def test_what_is_not_known_to_be_honoured_is_refused(far, backend):
     with serve_upstream(far.url, backend) as served:
