@@ -201,6 +201,8 @@ class Access:
 
     def trusts(self, host: str) -> bool:
         """Is this the address of a proxy that speaks for others?"""
+        if not self.proxies:
+            return False
         try:
             address = ip_address(host.partition("%")[0])
         except ValueError:
@@ -209,7 +211,7 @@ class Access:
 
     def address(self, peer: str, headers: Headers) -> str:
         """Where a request comes from: behind trusted proxies the last address that is none of theirs."""
-        if not self.proxies or not self.trusts(peer):
+        if not self.trusts(peer):
             return address_of(peer)
         for hop in reversed([hop.strip() for value in headers.get_all("X-Forwarded-For") for hop in value.split(",")]):
             try:

@@ -491,7 +491,7 @@ class Engine(Jobs):
     def kill(self) -> None:
         """For an engine that hangs. Its jobs fail as in a crash; when this returns no job can be submitted to it any more."""
         self.process.kill()
-        if threading.current_thread() is not self.reader:
+        if threading.get_ident() != self.reader.ident:
             self.reader.join(5)
 
     def close(self) -> None:

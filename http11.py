@@ -9,8 +9,10 @@ in two ways is refused with 400 and the end of the connection. Every wait for a 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
+import functools
 import logging
 import os
 import random
@@ -91,6 +93,7 @@ class HttpLimits:
     all_bodies: int = 128 << 20  # that are being read or answered; one address may have half of it
 
 
+@functools.lru_cache(4096)
 def address_of(host: str) -> str:
     """What counts as one client address: an IPv4 address, or an IPv6 /64, which is what one subscriber has."""
     try:
@@ -737,7 +740,6 @@ def tls_context(certfile: str, keyfile: str = "") -> ssl.SSLContext:
 class HttpServer(ThreadingHTTPServer):
     """Accepts connections, a daemon thread each. `uds`: the path of a Unix socket to listen on, instead of the address."""
 
-    daemon_threads = True
     request_queue_size = 4096  # connections that wait to be accepted; the system has a limit of its own
     full = PREFIX + b"503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -802,6 +804,10 @@ class HttpServer(ThreadingHTTPServer):
                 request.setblocking(False)
                 request.send(self.full)
         return False
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for it. threading.Thread would have us wait until that runs: under load a turn of the interpreter for each."""
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)

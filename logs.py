@@ -58,6 +58,9 @@ class JsonLines(logging.Formatter):
 FORMS = (TextLines, JsonLines)
 
 
+logging.logThreads = False  # nobody reads a thread's name, and a thread that http11 started has none to be looked up
+
+
 def start_like(level: int, form: logging.Formatter | None) -> None:
     """In a process of ours: as the server does."""
     handler = logging.StreamHandler(sys.stderr)

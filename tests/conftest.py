@@ -90,6 +90,12 @@ def cancelled_at(calls, seq):
     return next((int(line.split()[-1]) for line in calls if line.startswith(f"cancel {seq} ")), 0)
 
 
+def threads_alive():
+    """Of this process, also those that threading does not know."""
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) if os.path.isdir(tasks) else threading.active_count()
+
+
 def until(condition, timeout=60):
     end = time.monotonic() + timeout
     while not condition():

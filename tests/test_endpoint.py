@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import cancelled_at, serve_scripted, sse, until
+from conftest import cancelled_at, serve_scripted, sse, threads_alive, until
 
 CHAT = "/v1/chat/completions"
 
@@ -529,7 +529,7 @@ def test_strict(tmp_path):
 def test_nothing_leaks(scripted):
     """Clients that leave at every stage: afterwards all slots are free, and no thread is left over."""
     scripted.chat("echo warm")
-    before = threading.active_count()
+    before = threads_alive()
     for i in range(60):
         sock = socket.create_connection((scripted.host, scripted.port))
         data = sized(body("forever", stream=bool(i % 2)))
@@ -538,7 +538,7 @@ def test_nothing_leaks(scripted):
             time.sleep(0.003)
         sock.close()
     idle(scripted)
-    until(lambda: threading.active_count() <= before)
+    until(lambda: threads_alive() <= before)
     assert scripted.request("GET", "/healthz")[1]["queue_depth"] == 0
     assert scripted.chat("echo fine")[0] == 200
 
