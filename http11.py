@@ -37,6 +37,9 @@ from typing import Any
 log = logging.getLogger("openai_api_endpoint")
 PEER_CHECK_S = 0.05  # how often somebody looks whether a client that waits is still there
 LINGER_S = 2.0  # how long a refused body is read on, so that the client gets to read the refusal
+LINGERING = threading.Semaphore(32)  # connections that are read on so
+NOWHERE = bytearray(1 << 20)  # where to; nobody looks at it
+LARGE, ONE_READS = 1 << 16, threading.Lock()  # bytes that are still to come of a large body; see Reader.piece
 SKIPPED = 1 << 20  # bytes of an unwanted body that are read over to keep the connection; a longer one ends it
 WRITE_S = 60.0  # for a client that reads nothing; it costs its own connection only
 PREFIX = b"HTTP/1.1 "  # how every reply begins, whatever its status
@@ -273,6 +276,17 @@ class Reader:
             raise PeerGone
         return data
 
+    def piece(self, most: int) -> bytes:
+        """The same of a large body, one connection at a time: many that all want the interpreter keep the others from it."""
+        if self.held or most < LARGE or not hasattr(select, "poll") or isinstance(self.socket, ssl.SSLSocket):
+            return self.some(most)
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        if not poller.poll(max(0.0, self.until - time.monotonic()) * 1000):
+            raise TimeoutError
+        with ONE_READS:
+            return self.some(most)
+
     def wait(self, patience: float) -> bool:
         """For the first byte of a request. False: none came, or the client has left."""
         if self.held:
@@ -496,7 +510,7 @@ class Connection(socketserver.BaseRequestHandler):
     def read_into(self, body: bytearray, size: int) -> None:
         end = len(body) + size
         while len(body) < end:
-            body += self.reader.some(end - len(body))
+            body += self.reader.piece(end - len(body))
             self.body_grew(len(body))
             if (due := len(body) - Bodies.FREE - self.charged) > 0:
                 if not self.server.bodies.take(self.seat.address, due):
@@ -529,7 +543,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.begin_body()
         left = self.unread or 0
         while left:
-            left -= len(self.reader.some(left))
+            left -= len(self.reader.piece(left))
         self.unread = 0
 
     def too_large(self) -> HttpError:
@@ -537,14 +551,18 @@ class Connection(socketserver.BaseRequestHandler):
 
     def linger(self) -> None:
         """Closing while the client still writes would reset the connection, and the reply with it (RFC 9112, 9.6)."""
+        if not LINGERING.acquire(blocking=False):
+            return  # so many at once are an attack, or as good as one
         try:
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(LINGER_S)
             until, left = time.monotonic() + LINGER_S, 64 << 20
-            while left > 0 and time.monotonic() < until and (data := self.connection.recv(1 << 16)):
-                left -= len(data)
+            while left > 0 and time.monotonic() < until and (size := self.connection.recv_into(NOWHERE)):
+                left -= size
         except (OSError, ValueError):
             pass
+        finally:
+            LINGERING.release()
 
     def peer_gone(self) -> bool:
         """Has the client left? Pipelined requests are data, not an end.
