@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import cancelled_at, serve_scripted, sse, threads_alive, until
 
+from metrics import Metrics
+
 CHAT = "/v1/chat/completions"
 
 
@@ -560,3 +562,26 @@ def test_shutdown_lets_answers_finish(tmp_path):
         assert results[0][1]["choices"][0]["message"]["content"] == "last"
         with pytest.raises(OSError):
             served.request("GET", "/health")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "broken"),
+    [
+        ("/v1/chat/completions", {}, "openai_api_endpoint.Chunks"),
+        ("/v1/messages", {"max_tokens": 9}, "messages_api.Answer"),
+        ("/v1/responses", {"background": True}, "responses_api.Answer"),
+        ("/v1/responses", {"background": True}, "openai_api_endpoint.Background.start"),
+    ],
+)
+def test_a_fault_before_the_answer_begins_frees_the_slot(tmp_path, monkeypatch, path, fields, broken):
+    def fails(*_):
+        raise RuntimeError("it hurts")
+
+    with serve_scripted(tmp_path, slots=1, queue=0, metrics=Metrics(), state="memory") as served:
+        monkeypatch.setattr(broken, fails)
+        body = {"messages" if path != "/v1/responses" else "input": [{"role": "user", "content": "forever"}], **fields}
+        assert served.request("POST", path, body)[0] == 500
+        assert served.models.engine.jobs == {}
+        monkeypatch.undo()
+        assert served.chat("echo again")[1]["choices"][0]["message"]["content"] == "again"
+        until(lambda: served.server.metrics.live == {})  # the handler counts after its client has all
