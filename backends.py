@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
 import memory
@@ -143,6 +143,8 @@ class OpenVino(OpenVinoModel):
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec)
+        if spec.deterministic:
+            spec = exactly(spec, self.device)
         if os.path.isfile(spec.path):
             meta = read_gguf(spec.path)
             context, kv_bytes = gguf_shape(meta)
@@ -483,6 +485,7 @@ class LlamaCpp(LlamaModel):
     SPECULATES: ClassVar = frozenset({"ngram"})
     BATCH = 512  # tokens per step when nobody waits for the next token …
     BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
+    FUSED = True  # attention by one kernel, which is faster and takes less memory
     STEP_S = 0.15  # what a step may take then; or two steps that only decode, if that is more
     BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
     pool_tokens, pool_rows = BATCH_BUSY, 64
@@ -494,7 +497,7 @@ class LlamaCpp(LlamaModel):
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
             raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
-        self.cells, self.unified = cache_layout(spec, trained, gguf_shape(self.meta)[1])
+        self.cells, self.unified = self.layout(spec)
         self.ctx = self.make_context()
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
@@ -516,6 +519,9 @@ class LlamaCpp(LlamaModel):
         made: Any = importlib.import_module("llguidance.llamacpp")
         return made.lltokenizer_from_vocab(self.vocab, self.vocabulary, [*self.eos])
 
+    def layout(self, spec: EngineSpec) -> tuple[int, bool]:
+        return cache_layout(spec, self.trained, gguf_shape(self.meta)[1])
+
     def make_context(self) -> Any:
         params = self.lib.llama_context_default_params()
         params.n_ctx = self.cells
@@ -526,7 +532,7 @@ class LlamaCpp(LlamaModel):
         types = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}
         params.type_k = types[self.flags.get("cache_type_k", "f16")]
         params.type_v = types[self.flags.get("cache_type_v", "f16")]
-        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = getattr(self.lib, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if self.FUSED else 'DISABLED'}")
         params.no_perf = True
         ctx = self.lib.llama_init_from_model(self.model, params)
         if not ctx:
@@ -539,13 +545,13 @@ class LlamaCpp(LlamaModel):
         # The last token is always decoded: its logits are what we are after. A scored prompt needs those of all.
         limit = 0 if sampling.scores_prompt else len(ids) - 1
         free = [slot for slot in self.ring if slot.sampler is None]
-        slot = max(free, key=lambda s: (shared(s.kv, ids, limit), -s.used))
-        common = shared(slot.kv, ids, limit)
-        other = max(self.ring, key=lambda s: shared(s.kv, ids, limit))
-        if shared(other.kv, ids, limit) >= common + 32:  # a copy costs about as much as decoding a few tokens
+        slot = max(free, key=lambda s: (self.reusable(s, ids, limit), -s.used))
+        common = self.reusable(slot, ids, limit)
+        other = max(self.ring, key=lambda s: self.reusable(s, ids, limit))
+        if (reusable := self.reusable(other, ids, limit)) >= common + 32:  # a copy costs about as much as decoding a few tokens
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
             self.lib.llama_memory_seq_cp(self.memory, other.seq, slot.seq, -1, -1)
-            slot.kv, common = list(other.kv), shared(other.kv, ids, limit)
+            slot.kv, common = list(other.kv), reusable
         if not self.lib.llama_memory_seq_rm(self.memory, slot.seq, common, -1):
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)  # recurrent state cannot be cut: begin anew
             common = 0
@@ -557,6 +563,10 @@ class LlamaCpp(LlamaModel):
         slot.used, slot.left = next(self.clock), sampling.max_tokens or 1
         slot.drafts, slot.grams, slot.indexed = [], {}, self.ngram
         return slot.seq, common
+
+    def reusable(self, slot: LlamaSlot, ids: list[int], limit: int) -> int:
+        """How many tokens of a slot's cache are the beginning of these, at most `limit`."""
+        return shared(slot.kv, ids, limit)
 
     def make_sampler(self, ids: list[int], s: Sampling) -> Any:
         """Penalties, temperature, top_k, top_p, min_p, in the order of vLLM and transformers (llama.cpp's own cuts first)."""
@@ -684,10 +694,10 @@ class LlamaCpp(LlamaModel):
     def fill_batch(self) -> list[tuple[LlamaSlot, int]]:
         """One token of every sequence that decodes, then pieces of the prompts. Returns whose last logits are at which index."""
         batch, ready = self.batch, []
-        busy = [slot for slot in self.ring if slot.sampler is not None]
+        busy = self.taking_part()
         decoding = [slot for slot in busy if len(slot.todo) == 1]
         prefilling = sorted((slot for slot in busy if len(slot.todo) > 1), key=lambda s: s.used)
-        room = max(self.piece_size() if decoding else self.BATCH, len(decoding) + 1)
+        room = max(self.room(decoding), len(decoding) + 1)
         free = self.free_cells() - self.growth() if self.unified else self.cells
         at = 0
         self.scoring = []
@@ -719,6 +729,14 @@ class LlamaCpp(LlamaModel):
                 ready.append((slot, at - 1 - len(slot.drafts)))
         batch.n_tokens = at
         return ready
+
+    def taking_part(self) -> list[LlamaSlot]:
+        """In the next batch."""
+        return [slot for slot in self.ring if slot.sampler is not None]
+
+    def room(self, decoding: list[LlamaSlot]) -> int:
+        """Tokens of the next batch."""
+        return self.piece_size() if decoding else self.BATCH
 
     def guess(self, slot: LlamaSlot, most: int) -> list[int]:
         """What followed the last tokens when they were met before."""
@@ -1021,6 +1039,8 @@ class Transformers(HfModel):
         self.library = f"{installed(self.LIBRARIES[0])}, {installed('torch')}"
         torch, self.slots = self.torch, spec.slots
         self.device = torch_device(torch, spec.device)
+        if spec.deterministic:
+            spec = exactly(spec, self.device.type)
         self.threads = spec.threads or physical_cores()
         torch.set_num_threads(self.threads)
         super().__init__(spec, transformers.AutoTokenizer.from_pretrained(spec.path).backend_tokenizer)
@@ -1454,6 +1474,13 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 LACKS = {name: backend.LACKS for name, backend in BACKENDS.items()} | UPSTREAMS  # of every engine
 WITH_EMBEDDINGS = ["llamacpp", "transformers"]  # of models that generate; for one that only embeds see catalog.EMBEDDERS
+
+
+def exactly(spec: EngineSpec, device: str) -> EngineSpec:
+    """As --deterministic asks for it: what is rounded to fewer bits depends on what else is in the batch."""
+    if device.lower() != "cpu":
+        raise RuntimeError(f"--deterministic is honoured on the CPU alone: add --device {'CPU' if device.isupper() else 'cpu'}")
+    return replace(spec, dtype="float32")
 
 
 def no_embeddings() -> Refused:

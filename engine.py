@@ -284,6 +284,7 @@ class EngineSpec:
     tool_syntax: str = ""  # takes the place of what is found in the template
     options: tuple[str, ...] = ()  # flags of exllamav3's own model_init, as they stood on the command line
     task: str = "generate"  # | "embed" | "rerank": what the model is for
+    deterministic: bool = False  # a request's text may not depend on what else runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -1257,13 +1258,18 @@ def one_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
-def backend_class(name: str, task: str = "generate") -> type[Backend]:
-    """By its name in backends.BACKENDS or embedders.EMBEDDERS, or as "module:Class" for a binding of your own."""
+def backend_class(name: str, task: str = "generate", exact: bool = False) -> type[Backend]:
+    """By its name in backends.BACKENDS, exact.EXACT or embedders.EMBEDDERS, or as "module:Class" for a binding of your own."""
     if ":" not in name:  # imported here: they import us
-        room, table = ("backends", "BACKENDS") if task == "generate" else ("embedders", "EMBEDDERS")
-        name = f"{room}:{getattr(importlib.import_module(room), table)[name].__name__}"
+        found: type[Backend] | None
+        generating = ("exact", "EXACT") if exact else ("backends", "BACKENDS")
+        room, table = generating if task == "generate" else ("embedders", "EMBEDDERS")
+        found = getattr(importlib.import_module(room), table).get(name)
+        if found is None:
+            raise RuntimeError(f"{name} does not honour --deterministic")
+        return found
     module, _, attribute = name.partition(":")
-    found: type[Backend] = getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
     return found
 
 
@@ -1284,7 +1290,9 @@ def run_engine(conn: Connection, spec: EngineSpec) -> None:
             os._exit(0)  # the server is gone
 
     try:
-        backend = backend_class(spec.backend, spec.task)(spec, lambda fraction: tell("progress", float(fraction)))
+        backend = backend_class(spec.backend, spec.task, spec.deterministic)(
+            spec, lambda fraction: tell("progress", float(fraction))
+        )
     except Exception as error:
         log.debug("load failed", exc_info=True)
         tell("failed", f"{spec.path}: {one_line(error)}")
@@ -1313,12 +1321,15 @@ def run_engine(conn: Connection, spec: EngineSpec) -> None:
 
 
 def fingerprint(spec: EngineSpec, *settings: object) -> str:
-    """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings."""
+    """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings.
+
+    It ends in `_deterministic` where a text does not depend on what else runs.
+    """
     files = sorted(weight_files(spec.path))
     weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
-    own = (spec.device, spec.dtype, spec.flags, spec.draft, spec.ngram, spec.draft_tokens, spec.options)
+    own = (spec.device, spec.dtype, spec.flags, spec.draft, spec.ngram, spec.draft_tokens, spec.options, spec.deterministic)
     text = repr((spec.backend, weights, spec.chat_template, own, settings))
-    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12] + "_deterministic" * spec.deterministic
 
 
 def weight_files(path: str) -> list[str]:

@@ -1,0 +1,100 @@
+"""llama.cpp so that a request's text is the same, bit for bit, whatever else runs (--deterministic).
+
+A sum of floats depends on its order, and llama.cpp chooses the order by the shape of what it computes. So a token is always computed in the
+same shape, whoever else is there:
+- a prompt by itself, in pieces that begin at multiples of PIECE tokens; from a cache come whole such pieces, and nothing that was sampled;
+- what is sampled, one token each for all that decode, where it has been tried out at the start that for these weights, on this machine,
+  a row does not depend on how many there are; else each sequence by itself;
+- attention not by the fused kernel, which goes by the number of sequences and the length of the longest;
+- each slot with a KV cache of its own, in which a token lies at its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from backends import LlamaCpp, LlamaSlot, OpenVino, Transformers, shared
+from engine import Backend, EngineSpec, Sampling, Step, log
+
+
+class ExactLlamaCpp(LlamaCpp):
+    FUSED = False
+    BATCH = BATCH_BUSY = pool_tokens = 128  # without the fused kernel the memory of a step grows with batch times context
+    PIECE = LlamaCpp.BATCH_SCORED  # tokens
+    TRIED = 8  # tokens before the rows that are tried out
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        self.BATCH = max(self.BATCH, spec.slots)
+        super().__init__(spec, progress)
+        if self.lib.llama_supports_gpu_offload() and self.flags.get("gpu_layers") != 0:
+            raise RuntimeError("--deterministic is honoured on the CPU alone: add --gpu-layers 0")
+        self.part: list[LlamaSlot] = []  # what is computed now
+        self.prompts = [0] * spec.slots  # tokens of each slot's prompt; what its cache holds behind them was sampled
+        self.together = self.rows_alike()
+        if not self.together:
+            log.info("--deterministic: for this file each sequence is decoded by itself, since its rows depend on their number")
+
+    def layout(self, spec: EngineSpec) -> tuple[int, bool]:
+        """An equal share of the cache for each slot."""
+        cells, unified = super().layout(spec)
+        if not unified:
+            return cells, False
+        share, length = cells // spec.slots, min(spec.length or 0, self.trained)
+        if share < length:
+            raise RuntimeError(
+                f"--deterministic gives each slot a cache of its own, here of {share} tokens: "
+                f"--length {length} needs --cache-size {length * spec.slots} or a lower --max-parallel"
+            )
+        return max(min(share, self.trained), 256) * spec.slots, False
+
+    def rows_alike(self) -> bool:
+        """Is a row of logits the same, however many sequences decode with it?"""
+        ids = [token * 7919 % self.vocabulary for token in range(1, self.TRIED + 2)]
+        self.computed((0, at, token) for at, token in enumerate(ids[:-1]))
+        for seq in range(1, self.slots):
+            self.lib.llama_memory_seq_cp(self.memory, 0, seq, -1, -1)
+        rows = []
+        for count in sorted({*range(1, min(self.slots, 9) + 1), max(self.slots - 1, 1), self.slots}):
+            rows += self.computed((seq, self.TRIED, ids[-1]) for seq in range(count))
+            for seq in range(count):
+                self.lib.llama_memory_seq_rm(self.memory, seq, self.TRIED, -1)
+        self.lib.llama_memory_clear(self.memory, True)
+        return all(self.numpy.array_equal(row, rows[0]) for row in rows)
+
+    def computed(self, rows: Iterable[tuple[int, int, int]]) -> list[Any]:
+        """The logits of each row of a batch."""
+        self.fill(self.batch, rows)
+        if self.lib.llama_decode(self.ctx, self.batch):
+            raise RuntimeError(f"llama_decode failed: {self.last_error}")
+        return [self.logits(index).copy() for index in range(self.batch.n_tokens)]
+
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        seq, common = super().start(ids, sampling)
+        self.prompts[seq] = len(ids)
+        return seq, common
+
+    def reusable(self, slot: LlamaSlot, ids: list[int], limit: int) -> int:
+        found = shared(slot.kv, ids, min(limit, self.prompts[slot.seq]))
+        return found - found % self.PIECE
+
+    def step(self) -> list[Step]:
+        """A token for each sequence that decodes, and a piece of the prompt that has waited longest."""
+        busy = [slot for slot in self.ring if slot.sampler is not None]
+        reading = sorted((slot for slot in busy if len(slot.kv) < self.prompts[slot.seq]), key=lambda s: s.used)
+        decoding = [slot for slot in busy if slot not in reading]
+        parts = [decoding] if self.together else [[slot] for slot in decoding]
+        out: list[Step] = []
+        for self.part in [*parts, reading[:1]]:
+            out += super().step() if self.part else ()
+        return out
+
+    def taking_part(self) -> list[LlamaSlot]:
+        return self.part
+
+    def room(self, decoding: list[LlamaSlot]) -> int:
+        return self.BATCH if decoding else self.PIECE - len(self.part[0].kv) % self.PIECE
+
+
+# What honours --deterministic: for the others float32 is enough.
+EXACT: dict[str, type[Backend]] = {"openvino": OpenVino, "llamacpp": ExactLlamaCpp, "transformers": Transformers}
