@@ -24,6 +24,7 @@ import re
 import shutil
 import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,8 @@ from model_files import (
     text_config,
     token_text,
 )
+from pace import Pace
+from prefixes import Prefixes
 from regular import Unsupported
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
@@ -130,6 +133,16 @@ class OpenVinoModel:
         return self.literals[token] if special else self.pieces[token]
 
 
+@dataclass(slots=True)
+class Arriving:
+    """A prompt that OpenVino lets be read in pieces before it is asked for: each a request for its beginning, found in the cache by the next."""
+
+    ids: list[int]
+    config: Any
+    read: int = 0  # tokens, whole KV blocks
+    handle: Any = None  # of the piece that is being read
+
+
 class OpenVino(OpenVinoModel):
     """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU or Intel's GPUs.
 
@@ -140,6 +153,7 @@ class OpenVino(OpenVinoModel):
     SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
     SPECIAL_IN_GRAMMAR: ClassVar = False
     BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
+    BATCH = 256  # tokens per step, so that the others keep decoding; the library fixes it when the pipeline is made
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec)
@@ -160,7 +174,7 @@ class OpenVino(OpenVinoModel):
             self.defaults = own_sampling(read_json(spec.path, "generation_config.json"))
         self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context, kv_bytes)
         scheduler = self.genai.SchedulerConfig()
-        scheduler.max_num_batched_tokens = 256  # a step of prefill stays short, so the others keep decoding
+        scheduler.max_num_batched_tokens = self.BATCH
         scheduler.max_num_seqs = spec.slots
         scheduler.num_kv_blocks = -(-self.cache_tokens // (self.BLOCK if self.device == "CPU" else self.BLOCK_GPU))
         scheduler.enable_prefix_caching = True
@@ -176,7 +190,11 @@ class OpenVino(OpenVinoModel):
         config = self.pipe.get_config()
         self.eos_id = self.tokenizer.get_eos_token_id()
         self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
+        self.pace = Pace(spec.step_target, self.BLOCK, max(self.BATCH - spec.slots, self.BLOCK))
         self.handles: dict[int, Any] = {}
+        self.arriving: dict[int, Arriving] = {}
+        self.prefixes = Prefixes()  # what the cache may hold, since the library does not tell
+        self.unread: set[int] = set()  # sequences that have got no token yet
         self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
         self.take_cache()
@@ -256,15 +274,51 @@ class OpenVino(OpenVinoModel):
             if sampling.top_k:
                 config.top_k = sampling.top_k
         seq = next(self.numbers)
-        self.handles[seq] = self.pipe.add_request(
-            seq, self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64)), config
-        )
+        packed = array("i", ids)
+        if (self.arriving or self.decodes()) and not self.ngram:
+            known = self.prefixes.best("", packed)[0]
+            self.arriving[seq] = Arriving(ids, config, known // self.BLOCK * self.BLOCK)
+        else:
+            self.handles[seq] = self.add(seq, ids, config)
+            self.unread.add(seq)
+        self.prefixes.remember("", packed, array("i"))
         if sampling.logprobs is not None:
             self.scored.add(seq)
         return seq, None
 
+    def add(self, seq: int, ids: list[int], config: Any) -> Any:
+        return self.pipe.add_request(seq, self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64)), config)
+
+    def decodes(self) -> bool:
+        """Does anybody wait for a next token?"""
+        return len(self.handles) > len(self.unread)
+
+    def let_in(self) -> int:
+        """As much of the prompts that wait as fits beside what decodes, the first one first. Returns tokens."""
+        most = room = self.pace.piece()
+        for seq, one in list(self.arriving.items()):
+            if one.handle and one.handle.get_status() == self.genai.GenerationStatus.RUNNING:  # it waits for room in the cache
+                break
+            rest = len(one.ids) - one.read
+            if rest > room and self.decodes():
+                piece = room // self.BLOCK * self.BLOCK
+                if piece:
+                    config = self.genai.GenerationConfig()
+                    config.apply_chat_template, config.max_new_tokens = False, 1
+                    one.read, room = one.read + piece, room - piece
+                    one.handle = self.add(next(self.numbers), one.ids[: one.read], config)
+                break
+            self.handles[seq] = self.add(seq, one.ids, one.config)
+            self.unread.add(seq)
+            del self.arriving[seq]
+            room -= rest
+        return min(most - room, self.BATCH)
+
     def step(self) -> list[Step]:
+        began, more = time.monotonic(), self.let_in()
         self.pipe.step()
+        if more or not self.unread:
+            self.pace.learn(time.monotonic() - began, more)
         out = []
         for seq, handle in self.handles.items():
             if handle.can_read():
@@ -274,14 +328,16 @@ class OpenVino(OpenVinoModel):
                 for output in outputs.values():
                     scores = [Scored(logprob) for logprob in output.generated_log_probs] if seq in self.scored else ()
                     out.append(Step(seq, output.generated_ids, scores))
+                    self.unread.discard(seq)
             elif handle.get_status() == self.genai.GenerationStatus.FINISHED:  # by itself, and too early
                 out.append(Step(seq, (), error=EngineFailed("OpenVINO ended the completion before its end")))
         return out
 
     def cancel(self, seq: int) -> None:
         self.scored.discard(seq)
-        handle = self.handles.pop(seq)
-        if handle.get_status() == self.genai.GenerationStatus.RUNNING:
+        self.unread.discard(seq)
+        handle = self.arriving.pop(seq).handle if seq in self.arriving else self.handles.pop(seq)
+        if handle and handle.get_status() == self.genai.GenerationStatus.RUNNING:
             handle.cancel()
             if not self.handles:
                 self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
@@ -486,7 +542,6 @@ class LlamaCpp(LlamaModel):
     BATCH = 512  # tokens per step when nobody waits for the next token …
     BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
     FUSED = True  # attention by one kernel, which is faster and takes less memory
-    STEP_S = 0.15  # what a step may take then; or two steps that only decode, if that is more
     BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
     pool_tokens, pool_rows = BATCH_BUSY, 64
 
@@ -505,7 +560,7 @@ class LlamaCpp(LlamaModel):
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
         self.grammars: dict[str, Any] = {}  # compiled, by text
-        self.decode_s, self.token_s = 0.0, 0.0  # what a step takes that only decodes, and what a prompt's token adds
+        self.pace = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH_BUSY)
         self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
         row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
         self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
@@ -641,24 +696,10 @@ class LlamaCpp(LlamaModel):
         status = self.lib.llama_decode(self.ctx, self.batch)
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
-        self.learn(time.monotonic() - began, self.batch.n_tokens - len(ready))
+        self.pace.learn(time.monotonic() - began, self.batch.n_tokens - len(ready), few=len(self.ring))
         for slot, index, token in self.scoring:
             slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
         return [self.accept(slot, index) if slot.drafts else self.sample(slot, index) for slot, index in ready]
-
-    def learn(self, took: float, more: int) -> None:
-        """How long steps take; `more`: tokens beside one for each sequence that got its next."""
-        if more <= len(self.ring):
-            self.decode_s += (took - self.decode_s) * (0.2 if self.decode_s else 1)
-        elif more >= self.BATCH_LEAST:
-            self.token_s += (max(0.0, took - self.decode_s) / more - self.token_s) * (0.2 if self.token_s else 1)
-
-    def piece_size(self) -> int:
-        """Tokens of a step in which others decode."""
-        asked = self.flags.get("step_target", 0) / 1000
-        spare = (asked or max(2 * self.decode_s, self.STEP_S)) - self.decode_s
-        fits = int(spare / self.token_s) if self.token_s else self.BATCH_BUSY
-        return min(max(fits, self.BATCH_LEAST), self.BATCH_BUSY)
 
     def make_room(self) -> None:
         """Cells for all that decode, and for the prompt that has waited longest.
@@ -736,7 +777,7 @@ class LlamaCpp(LlamaModel):
 
     def room(self, decoding: list[LlamaSlot]) -> int:
         """Tokens of the next batch."""
-        return self.piece_size() if decoding else self.BATCH
+        return self.pace.piece() if decoding else self.BATCH
 
     def guess(self, slot: LlamaSlot, most: int) -> list[int]:
         """What followed the last tokens when they were met before."""
@@ -1023,7 +1064,7 @@ class Transformers(HfModel):
     SPECULATES: ClassVar = frozenset[str]()
     SPECIAL_IN_GRAMMAR: ClassVar = False
     PAGE = 32  # tokens; prefixes are reused by whole pages
-    BATCH = 256  # tokens per step
+    BATCH, BATCH_LEAST = 256, 32  # tokens per step, and at least of prompts when others decode
     BATCH_SCORED = 64  # … of a prompt whose every token needs its logits
     pool_tokens, pool_rows = BATCH, 64
 
@@ -1071,6 +1112,7 @@ class Transformers(HfModel):
         self.processor.model_runner._sample = self.sample
         self.cache_class = transformers.DynamicCache
         self.paged = self.model.config._attn_implementation == "paged|eager"  # which works inside the batch alone
+        self.pace, self.most = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH), self.processor.max_batch_tokens
         self.rows: dict[int, TorchSequence] = {}
         self.scoring: list[TorchSequence] = []
         self.grammars: Any = None  # llguidance's tokenizer, made when first asked for
@@ -1099,15 +1141,15 @@ class Transformers(HfModel):
 
     def step(self) -> list[Step]:
         self.out = []
-        if self.scoring:
-            row = self.scoring[0]
-            try:
-                self.score_piece(row)
-            except Exception as error:
-                self.out.append(Step(row.seq, (), error=EngineFailed(f"scoring the prompt failed: {one_line(error)}")))
+        self.score_next()
+        decoding = sum(bool(row.sampled) for row in self.rows.values())
+        self.processor.max_batch_tokens = min(self.most, decoding + self.pace.piece()) if decoding else self.most
         if self.processor.prepare_next_batch():
+            batch, began = self.processor.inputs_and_outputs.requests_in_batch, time.monotonic()
+            more = sum(one.query_length - one.has_new_token for one in batch)
             self.processor._generation_step(self.model)
             self.processor.update_batch()
+            self.pace.learn(time.monotonic() - began, more)
         return self.out
 
     def sample(self, logits: Any, output_ids: Any) -> None:
@@ -1116,18 +1158,22 @@ class Transformers(HfModel):
         rows = [self.rows[int(future.state.request_id)] for future in batch if future.has_new_token]
         likeliest = logits[0, : len(rows)].argmax(-1).tolist()  # a row more for each prompt that is not at its end yet
         for i, row in enumerate(rows):
-            try:
-                token = likeliest[i] if row.greedy else self.choose(row, logits[0, i])
-            except Refused as refusal:
-                self.out.append(Step(row.seq, (), error=refusal))
-                continue
-            likeliest[i] = token
-            row.sampled.append(token)
-            wanted = row.sampling.logprobs
-            scores = self.score(logits[0, i : i + 1], [token], wanted) if wanted is not None else ()
-            self.out.append(Step(row.seq, [token], scores, row.scores))
-            row.scores = []
+            likeliest[i] = self.take(row, logits[0, i : i + 1], likeliest[i])
         output_ids[0, : len(rows)] = self.torch.tensor(likeliest, dtype=output_ids.dtype)
+
+    def take(self, row: TorchSequence, logits: Any, likeliest: int) -> int:
+        """Choose the next token of a sequence, and tell it. logits: float32 (1, vocabulary), raw."""
+        try:
+            token = likeliest if row.greedy else self.choose(row, logits[0])
+        except Refused as refusal:
+            self.out.append(Step(row.seq, (), error=refusal))
+            return likeliest
+        row.sampled.append(token)
+        wanted = row.sampling.logprobs
+        scores = self.score(logits, [token], wanted) if wanted is not None else ()
+        self.out.append(Step(row.seq, [token], scores, row.scores))
+        row.scores = []
+        return token
 
     def choose(self, row: TorchSequence, logits: Any) -> int:
         """Bans, penalties, temperature, top_k, top_p, min_p, in the order of LlamaCpp. Raises Refused: no token is left."""
@@ -1189,6 +1235,14 @@ class Transformers(HfModel):
         finally:
             if self.paged:
                 self.model.set_attn_implementation("paged|eager")
+
+    def score_next(self) -> None:
+        if self.scoring:
+            row = self.scoring[0]
+            try:
+                self.score_piece(row)
+            except Exception as error:
+                self.out.append(Step(row.seq, (), error=EngineFailed(f"scoring the prompt failed: {one_line(error)}")))
 
     def score_piece(self, row: TorchSequence) -> None:
         """The next piece of a prompt whose tokens are to be scored, outside the batch; after the last it joins the batch."""

@@ -284,6 +284,7 @@ class EngineSpec:
     tool_syntax: str = ""  # takes the place of what is found in the template
     options: tuple[str, ...] = ()  # flags of exllamav3's own model_init, as they stood on the command line
     task: str = "generate"  # | "embed" | "rerank": what the model is for
+    step_target: float = 0.0  # milliseconds that a step may take in which others decode; 0: two that only decode, or 150
     deterministic: bool = False  # a request's text may not depend on what else runs
 
 
@@ -1327,7 +1328,17 @@ def fingerprint(spec: EngineSpec, *settings: object) -> str:
     """
     files = sorted(weight_files(spec.path))
     weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
-    own = (spec.device, spec.dtype, spec.flags, spec.draft, spec.ngram, spec.draft_tokens, spec.options, spec.deterministic)
+    own = (
+        spec.device,
+        spec.dtype,
+        spec.flags,
+        spec.draft,
+        spec.ngram,
+        spec.draft_tokens,
+        spec.options,
+        spec.step_target,
+        spec.deterministic,
+    )
     text = repr((spec.backend, weights, spec.chat_template, own, settings))
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12] + "_deterministic" * spec.deterministic
 
