@@ -153,6 +153,7 @@ class OpenVino(OpenVinoModel):
     SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
     SPECIAL_IN_GRAMMAR: ClassVar = False
     BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
+    BESIDE, BESIDE_TOKENS = 0, 1024  # sequences that nobody has asked for, and how long they are
     BATCH = 256  # tokens per step, so that the others keep decoding; the library fixes it when the pipeline is made
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
@@ -175,8 +176,9 @@ class OpenVino(OpenVinoModel):
         self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context, kv_bytes)
         scheduler = self.genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = self.BATCH
-        scheduler.max_num_seqs = spec.slots
-        scheduler.num_kv_blocks = -(-self.cache_tokens // (self.BLOCK if self.device == "CPU" else self.BLOCK_GPU))
+        scheduler.max_num_seqs = spec.slots + self.BESIDE
+        block = self.BLOCK if self.device == "CPU" else self.BLOCK_GPU
+        scheduler.num_kv_blocks = -(-self.cache_tokens // block) + self.BESIDE * self.BESIDE_TOKENS // block
         scheduler.enable_prefix_caching = True
         progress(0.0)
         self.pipe = self.load(spec, scheduler)
@@ -190,7 +192,7 @@ class OpenVino(OpenVinoModel):
         config = self.pipe.get_config()
         self.eos_id = self.tokenizer.get_eos_token_id()
         self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
-        self.pace = Pace(spec.step_target, self.BLOCK, max(self.BATCH - spec.slots, self.BLOCK))
+        self.pace = Pace(spec.step_target, self.BLOCK, max(self.BATCH - scheduler.max_num_seqs, self.BLOCK))
         self.handles: dict[int, Any] = {}
         self.arriving: dict[int, Arriving] = {}
         self.prefixes = Prefixes()  # what the cache may hold, since the library does not tell
@@ -240,7 +242,7 @@ class OpenVino(OpenVinoModel):
 
     def properties(self, spec: EngineSpec) -> dict[str, Any]:
         found = super().properties(spec)
-        if spec.dtype == "float32":  # only all three together make a token independent of what else is in the batch
+        if spec.dtype == "float32":  # only all three keep what else is in the batch out of a token, but for 2e-5
             found |= {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram:

@@ -1,7 +1,7 @@
-"""llama.cpp so that a request's text is the same, bit for bit, whatever else runs (--deterministic).
+"""Bindings whose text is the same, bit for bit, whatever else runs (--deterministic).
 
-A sum of floats depends on its order, and llama.cpp chooses the order by the shape of what it computes. So a token is always computed in the
-same shape, whoever else is there:
+A sum of floats depends on its order, and a library chooses the order by the shape of what it computes. So a token is always computed in the
+same shape, whoever else is there. With llama.cpp:
 - a prompt by itself, in pieces that begin at multiples of PIECE tokens; from a cache come whole such pieces, and nothing that was sampled;
 - what is sampled, one token each for all that decode, where it has been tried out at the start that for these weights, on this machine,
   a row does not depend on how many there are; else each sequence by itself;
@@ -12,10 +12,12 @@ same shape, whoever else is there:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from backends import LlamaCpp, LlamaSlot, OpenVino, Transformers, shared
+from backends import LlamaCpp, LlamaSlot, OpenVino, TorchSequence, Transformers, shared
 from engine import Backend, EngineSpec, Sampling, Step, log
+from machine import default_cache_tokens
 
 
 class ExactLlamaCpp(LlamaCpp):
@@ -96,5 +98,89 @@ class ExactLlamaCpp(LlamaCpp):
         return self.BATCH if decoding else self.PIECE - len(self.part[0].kv) % self.PIECE
 
 
-# What honours --deterministic: for the others float32 is enough.
-EXACT: dict[str, type[Backend]] = {"openvino": OpenVino, "llamacpp": ExactLlamaCpp, "transformers": Transformers}
+class ExactTransformers(Transformers):
+    """Each sequence computed by itself, with a cache of its own: the library's batch looks at everybody's keys at once."""
+
+    PIECE = Transformers.BATCH_SCORED  # tokens
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
+        super().__init__(replace(spec, cache_tokens=self.PAGE * spec.slots), progress)  # the batch has nothing to do
+        trained = self.config.get("max_position_embeddings") or 4096
+        self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, trained, self.kv_bytes(4))
+        self.context = min(trained, self.cache_tokens // spec.slots)
+        self.read: dict[int, int] = {}  # tokens of each sequence's prompt that have been computed
+
+    def enter(self, row: TorchSequence) -> int:
+        row.cache, self.read[row.seq] = self.cache_class(), 0
+        return 0
+
+    def step(self) -> list[Step]:
+        self.out = []
+        self.score_next()
+        reading = [row for row in self.rows.values() if self.read.get(row.seq, len(row.ids)) < len(row.ids)]
+        for row in [row for row in self.rows.values() if row.sampled] + reading[:1]:
+            self.compute(row)
+        return self.out
+
+    def compute(self, row: TorchSequence) -> None:
+        """The token that was sampled last, or a piece of the prompt, with which it may have come to its end."""
+        at = self.read[row.seq]
+        piece = row.sampled[-1:] or row.ids[at : at + self.PIECE]
+        with self.outside_the_batch():
+            logits = (
+                self.model(self.torch.tensor([piece], device=self.device), past_key_values=row.cache).logits[0, -1:].float()
+            )
+        if not row.sampled:
+            self.read[row.seq] = at + len(piece)
+        if self.read[row.seq] == len(row.ids):
+            self.take(row, logits, int(logits[0].argmax()))
+
+    def cancel(self, seq: int) -> None:
+        row = self.rows.pop(seq)
+        self.read.pop(seq, None)
+        if row in self.scoring:
+            self.scoring.remove(row)
+
+
+class ExactOpenVino(OpenVino):
+    """float32, and never one row alone, for which the library has another kernel: a companion decodes along, whose text nobody reads."""
+
+    BESIDE = 2  # it, and for a step the one whose place it has taken
+    RENEWED = OpenVino.BESIDE_TOKENS // 2  # tokens: a long one costs more
+    companion: Any = None
+    steps = 0  # that it has been there
+
+    def accompany(self) -> None:
+        self.dismiss()
+        config = self.genai.GenerationConfig()
+        config.apply_chat_template, config.ignore_eos, config.max_new_tokens = False, True, self.context - 2
+        self.companion, self.steps = self.add(next(self.numbers), [self.eos_id] * 2, config), 0
+
+    def dismiss(self) -> None:
+        if self.companion and self.companion.get_status() == self.genai.GenerationStatus.RUNNING:
+            self.companion.cancel()
+        self.companion = None
+
+    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        if not self.companion:  # before the first prompt, which may take all of a step
+            self.accompany()
+        return super().start(ids, sampling)
+
+    def step(self) -> list[Step]:
+        self.steps += 1
+        if self.steps > self.RENEWED and not (self.unread or self.arriving):  # so the new one is read at once
+            self.accompany()
+        out = super().step()
+        while self.companion.can_read():
+            self.companion.read()
+        return out
+
+    def cancel(self, seq: int) -> None:
+        super().cancel(seq)
+        if not (self.handles or self.arriving):
+            self.dismiss()
+            self.pipe.step()  # its KV blocks are free
+
+
+# What honours --deterministic.
+EXACT: dict[str, type[Backend]] = {"openvino": ExactOpenVino, "llamacpp": ExactLlamaCpp, "transformers": ExactTransformers}

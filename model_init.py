@@ -173,7 +173,7 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
         help="transformers: cpu, cuda, cuda:1, mps, …, default: a GPU if there is one; "
         "openvino: CPU, GPU, GPU.1, AUTO:GPU,CPU, HETERO:GPU,CPU, …, default: CPU")  # fmt: skip
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="what to compute with (transformers, openvino); with float32 greedy text does not depend on what else runs")  # fmt: skip
+        help="what to compute with (transformers, openvino); with float32 greedy text hardly depends on what else runs")  # fmt: skip
 
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")

@@ -10,7 +10,7 @@ from conftest import serve_one
 
 from backends import missing_library
 from engine import EngineSpec, Sampling, backend_class
-from exact import ExactLlamaCpp
+from exact import ExactLlamaCpp, ExactOpenVino
 
 LENGTHS = (3, 20, 60, 61, 130, 200, 300, 420)  # words of the eight prompts
 WORDS = [
@@ -36,17 +36,17 @@ WORDS = [
 ]
 
 
-def prompt(number):
+def prompt(number, part):
     """The first five begin alike, so that one's beginning may be found in another's cache."""
     chance = random.Random(number >= 5)
-    words = [chance.choice(WORDS) for _ in range(LENGTHS[number])]
+    words = [chance.choice(WORDS) for _ in range(LENGTHS[number] // part)]
     return f"{' '.join(words)} {number} ends here. Say what you have read."
 
 
-def answer(served, number):
+def answer(served, number, part):
     """What it says, with its scores; half of them are sampled."""
     fields = {"temperature": number % 2, "seed": number, "max_tokens": 24, "logprobs": True}
-    status, reply, _ = served.chat(prompt(number), **fields)
+    status, reply, _ = served.chat(prompt(number, part), **fields)
     assert status == 200, reply
     choice = reply["choices"][0]
     return choice["message"]["content"], [one["logprob"] for one in choice["logprobs"]["content"]]
@@ -58,9 +58,10 @@ def test_eighty_of_eighty(backend, request, demo):
     if lack := missing_library(backend):
         pytest.skip(lack)
     path = request.getfixturevalue("hf_folder") if backend == "transformers" else demo.path
+    part = 4 if backend == "transformers" else 1  # of the lengths: it takes its time
     spec = EngineSpec(backend, str(path), 8, 0, 8 * 1024, deterministic=True)
     with serve_one(demo, spec) as served:
-        alone = [answer(served, number) for number in range(8)]
+        alone = [answer(served, number, part) for number in range(8)]
         assert served.chat("Hi.", max_tokens=1)[1]["system_fingerprint"].endswith("_deterministic")
         chance, same, told = random.Random(1), [], []
         for _ in range(10):
@@ -68,7 +69,7 @@ def test_eighty_of_eighty(backend, request, demo):
 
             def ask(number, wait):
                 threading.Event().wait(wait)
-                got = answer(served, number)
+                got = answer(served, number, part)
                 same.append(got == alone[number])
                 told.append((number, got, alone[number]))
 
@@ -124,3 +125,20 @@ def test_llamacpp_refuses_what_slots_would_have_to_share(demo):
 def test_exllamav3_in_a_folder_of_models_refuses():
     with pytest.raises(RuntimeError, match="exllamav3 does not honour --deterministic"):
         backend_class("exllamav3", "generate", True)
+
+
+def test_openvino_renews_its_companion(demo, monkeypatch):
+    """While somebody decodes there is always one, and never for long the same; nobody there: none."""
+    if lack := missing_library("openvino"):
+        pytest.skip(lack)
+    monkeypatch.setattr(ExactOpenVino, "RENEWED", 5)
+    backend = ExactOpenVino(EngineSpec("openvino", str(demo.path), 4, 0, 4 * 512, deterministic=True), lambda fraction: None)
+    made, accompany = [], backend.accompany
+    monkeypatch.setattr(backend, "accompany", lambda: (made.append(1), accompany()))
+    sampling = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, top_k=0, logprobs=0, seed=1, ignore_eos=True)
+    prompts = [[number + 500] * (20 + 3 * number) for number in range(4)]
+    alone = [tokens_of(backend, [(prompt, sampling)])[0] for prompt in prompts]
+    assert len(made) >= 8 and backend.companion is None
+    assert tokens_of(backend, [(prompt, sampling) for prompt in reversed(prompts)]) == alone[::-1]
+    assert backend.companion is None and not backend.pipe.has_non_finished_requests()
+    backend.close()
