@@ -578,7 +578,7 @@ GENERATION = {
     "logit_bias": Field(LOGIT_BIAS, "added to logits, by token id; -100 bans", "logit_bias", ({},)),
     "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema", "constraints", ({"type": "text"},)),
     "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF", "constraints", ({},)),
-    "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling (also header `X-Debug: prompt`)", "inside", (False,)),
+    "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling, what of it was in the cache (also header `X-Debug: prompt`)", "inside", (False,)),
     "json_schema": structured_as("json_schema", "json", "a JSON schema", "llama-server's"),
     "grammar": structured_as("grammar", "grammar", "GBNF", "llama-server's"),
     "guided_json": structured_as("guided_json", "json", "a JSON schema", "vLLM's older"),

@@ -24,9 +24,10 @@ import re
 import shutil
 import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
 import memory
@@ -67,6 +68,8 @@ from model_files import (
     text_config,
     token_text,
 )
+from pace import Pace
+from prefixes import Prefixes
 from regular import Unsupported
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
@@ -130,6 +133,16 @@ class OpenVinoModel:
         return self.literals[token] if special else self.pieces[token]
 
 
+@dataclass(slots=True)
+class Arriving:
+    """A prompt that OpenVino lets be read in pieces before it is asked for: each a request for its beginning, found in the cache by the next."""
+
+    ids: list[int]
+    config: Any
+    read: int = 0  # tokens, whole KV blocks
+    handle: Any = None  # of the piece that is being read
+
+
 class OpenVino(OpenVinoModel):
     """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU or Intel's GPUs.
 
@@ -140,9 +153,13 @@ class OpenVino(OpenVinoModel):
     SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
     SPECIAL_IN_GRAMMAR: ClassVar = False
     BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
+    BESIDE, BESIDE_TOKENS = 0, 1024  # sequences that nobody has asked for, and how long they are
+    BATCH = 256  # tokens per step, so that the others keep decoding; the library fixes it when the pipeline is made
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec)
+        if spec.deterministic:
+            spec = exactly(spec, self.device)
         if os.path.isfile(spec.path):
             meta = read_gguf(spec.path)
             context, kv_bytes = gguf_shape(meta)
@@ -158,9 +175,10 @@ class OpenVino(OpenVinoModel):
             self.defaults = own_sampling(read_json(spec.path, "generation_config.json"))
         self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context, kv_bytes)
         scheduler = self.genai.SchedulerConfig()
-        scheduler.max_num_batched_tokens = 256  # a step of prefill stays short, so the others keep decoding
-        scheduler.max_num_seqs = spec.slots
-        scheduler.num_kv_blocks = -(-self.cache_tokens // (self.BLOCK if self.device == "CPU" else self.BLOCK_GPU))
+        scheduler.max_num_batched_tokens = self.BATCH
+        scheduler.max_num_seqs = spec.slots + self.BESIDE
+        block = self.BLOCK if self.device == "CPU" else self.BLOCK_GPU
+        scheduler.num_kv_blocks = -(-self.cache_tokens // block) + self.BESIDE * self.BESIDE_TOKENS // block
         scheduler.enable_prefix_caching = True
         progress(0.0)
         self.pipe = self.load(spec, scheduler)
@@ -174,7 +192,11 @@ class OpenVino(OpenVinoModel):
         config = self.pipe.get_config()
         self.eos_id = self.tokenizer.get_eos_token_id()
         self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
+        self.pace = Pace(spec.step_target, self.BLOCK, max(self.BATCH - scheduler.max_num_seqs, self.BLOCK))
         self.handles: dict[int, Any] = {}
+        self.arriving: dict[int, Arriving] = {}
+        self.prefixes = Prefixes()  # what the cache may hold, since the library does not tell
+        self.unread: set[int] = set()  # sequences that have got no token yet
         self.scored: set[int] = set()  # sequences whose logprobs are wanted
         self.numbers = itertools.count()
         self.take_cache()
@@ -220,7 +242,7 @@ class OpenVino(OpenVinoModel):
 
     def properties(self, spec: EngineSpec) -> dict[str, Any]:
         found = super().properties(spec)
-        if spec.dtype == "float32":  # only all three together make a token independent of what else is in the batch
+        if spec.dtype == "float32":  # only all three keep what else is in the batch out of a token, but for 2e-5
             found |= {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram:
@@ -254,15 +276,51 @@ class OpenVino(OpenVinoModel):
             if sampling.top_k:
                 config.top_k = sampling.top_k
         seq = next(self.numbers)
-        self.handles[seq] = self.pipe.add_request(
-            seq, self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64)), config
-        )
+        packed = array("i", ids)
+        if (self.arriving or self.decodes()) and not self.ngram:
+            known = self.prefixes.best("", packed)[0]
+            self.arriving[seq] = Arriving(ids, config, known // self.BLOCK * self.BLOCK)
+        else:
+            self.handles[seq] = self.add(seq, ids, config)
+            self.unread.add(seq)
+        self.prefixes.remember("", packed, array("i"))
         if sampling.logprobs is not None:
             self.scored.add(seq)
         return seq, None
 
+    def add(self, seq: int, ids: list[int], config: Any) -> Any:
+        return self.pipe.add_request(seq, self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64)), config)
+
+    def decodes(self) -> bool:
+        """Does anybody wait for a next token?"""
+        return len(self.handles) > len(self.unread)
+
+    def let_in(self) -> int:
+        """As much of the prompts that wait as fits beside what decodes, the first one first. Returns tokens."""
+        most = room = self.pace.piece()
+        for seq, one in list(self.arriving.items()):
+            if one.handle and one.handle.get_status() == self.genai.GenerationStatus.RUNNING:  # it waits for room in the cache
+                break
+            rest = len(one.ids) - one.read
+            if rest > room and self.decodes():
+                piece = room // self.BLOCK * self.BLOCK
+                if piece:
+                    config = self.genai.GenerationConfig()
+                    config.apply_chat_template, config.max_new_tokens = False, 1
+                    one.read, room = one.read + piece, room - piece
+                    one.handle = self.add(next(self.numbers), one.ids[: one.read], config)
+                break
+            self.handles[seq] = self.add(seq, one.ids, one.config)
+            self.unread.add(seq)
+            del self.arriving[seq]
+            room -= rest
+        return min(most - room, self.BATCH)
+
     def step(self) -> list[Step]:
+        began, more = time.monotonic(), self.let_in()
         self.pipe.step()
+        if more or not self.unread:
+            self.pace.learn(time.monotonic() - began, more)
         out = []
         for seq, handle in self.handles.items():
             if handle.can_read():
@@ -272,14 +330,16 @@ class OpenVino(OpenVinoModel):
                 for output in outputs.values():
                     scores = [Scored(logprob) for logprob in output.generated_log_probs] if seq in self.scored else ()
                     out.append(Step(seq, output.generated_ids, scores))
+                    self.unread.discard(seq)
             elif handle.get_status() == self.genai.GenerationStatus.FINISHED:  # by itself, and too early
                 out.append(Step(seq, (), error=EngineFailed("OpenVINO ended the completion before its end")))
         return out
 
     def cancel(self, seq: int) -> None:
         self.scored.discard(seq)
-        handle = self.handles.pop(seq)
-        if handle.get_status() == self.genai.GenerationStatus.RUNNING:
+        self.unread.discard(seq)
+        handle = self.arriving.pop(seq).handle if seq in self.arriving else self.handles.pop(seq)
+        if handle and handle.get_status() == self.genai.GenerationStatus.RUNNING:
             handle.cancel()
             if not self.handles:
                 self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
@@ -483,7 +543,7 @@ class LlamaCpp(LlamaModel):
     SPECULATES: ClassVar = frozenset({"ngram"})
     BATCH = 512  # tokens per step when nobody waits for the next token …
     BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
-    STEP_S = 0.15  # what a step may take then; or two steps that only decode, if that is more
+    FUSED = True  # attention by one kernel, which is faster and takes less memory
     BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
     pool_tokens, pool_rows = BATCH_BUSY, 64
 
@@ -494,7 +554,7 @@ class LlamaCpp(LlamaModel):
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
             raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
-        self.cells, self.unified = cache_layout(spec, trained, gguf_shape(self.meta)[1])
+        self.cells, self.unified = self.layout(spec)
         self.ctx = self.make_context()
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
@@ -502,7 +562,7 @@ class LlamaCpp(LlamaModel):
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
         self.grammars: dict[str, Any] = {}  # compiled, by text
-        self.decode_s, self.token_s = 0.0, 0.0  # what a step takes that only decodes, and what a prompt's token adds
+        self.pace = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH_BUSY)
         self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
         row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
         self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
@@ -516,6 +576,9 @@ class LlamaCpp(LlamaModel):
         made: Any = importlib.import_module("llguidance.llamacpp")
         return made.lltokenizer_from_vocab(self.vocab, self.vocabulary, [*self.eos])
 
+    def layout(self, spec: EngineSpec) -> tuple[int, bool]:
+        return cache_layout(spec, self.trained, gguf_shape(self.meta)[1])
+
     def make_context(self) -> Any:
         params = self.lib.llama_context_default_params()
         params.n_ctx = self.cells
@@ -526,7 +589,7 @@ class LlamaCpp(LlamaModel):
         types = {"f16": self.lib.GGML_TYPE_F16, "q8_0": self.lib.GGML_TYPE_Q8_0, "q4_0": self.lib.GGML_TYPE_Q4_0}
         params.type_k = types[self.flags.get("cache_type_k", "f16")]
         params.type_v = types[self.flags.get("cache_type_v", "f16")]
-        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = getattr(self.lib, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if self.FUSED else 'DISABLED'}")
         params.no_perf = True
         ctx = self.lib.llama_init_from_model(self.model, params)
         if not ctx:
@@ -539,13 +602,13 @@ class LlamaCpp(LlamaModel):
         # The last token is always decoded: its logits are what we are after. A scored prompt needs those of all.
         limit = 0 if sampling.scores_prompt else len(ids) - 1
         free = [slot for slot in self.ring if slot.sampler is None]
-        slot = max(free, key=lambda s: (shared(s.kv, ids, limit), -s.used))
-        common = shared(slot.kv, ids, limit)
-        other = max(self.ring, key=lambda s: shared(s.kv, ids, limit))
-        if shared(other.kv, ids, limit) >= common + 32:  # a copy costs about as much as decoding a few tokens
+        slot = max(free, key=lambda s: (self.reusable(s, ids, limit), -s.used))
+        common = self.reusable(slot, ids, limit)
+        other = max(self.ring, key=lambda s: self.reusable(s, ids, limit))
+        if (reusable := self.reusable(other, ids, limit)) >= common + 32:  # a copy costs about as much as decoding a few tokens
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
             self.lib.llama_memory_seq_cp(self.memory, other.seq, slot.seq, -1, -1)
-            slot.kv, common = list(other.kv), shared(other.kv, ids, limit)
+            slot.kv, common = list(other.kv), reusable
         if not self.lib.llama_memory_seq_rm(self.memory, slot.seq, common, -1):
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)  # recurrent state cannot be cut: begin anew
             common = 0
@@ -557,6 +620,10 @@ class LlamaCpp(LlamaModel):
         slot.used, slot.left = next(self.clock), sampling.max_tokens or 1
         slot.drafts, slot.grams, slot.indexed = [], {}, self.ngram
         return slot.seq, common
+
+    def reusable(self, slot: LlamaSlot, ids: list[int], limit: int) -> int:
+        """How many tokens of a slot's cache are the beginning of these, at most `limit`."""
+        return shared(slot.kv, ids, limit)
 
     def make_sampler(self, ids: list[int], s: Sampling) -> Any:
         """Penalties, temperature, top_k, top_p, min_p, in the order of vLLM and transformers (llama.cpp's own cuts first)."""
@@ -631,24 +698,10 @@ class LlamaCpp(LlamaModel):
         status = self.lib.llama_decode(self.ctx, self.batch)
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
-        self.learn(time.monotonic() - began, self.batch.n_tokens - len(ready))
+        self.pace.learn(time.monotonic() - began, self.batch.n_tokens - len(ready), few=len(self.ring))
         for slot, index, token in self.scoring:
             slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
         return [self.accept(slot, index) if slot.drafts else self.sample(slot, index) for slot, index in ready]
-
-    def learn(self, took: float, more: int) -> None:
-        """How long steps take; `more`: tokens beside one for each sequence that got its next."""
-        if more <= len(self.ring):
-            self.decode_s += (took - self.decode_s) * (0.2 if self.decode_s else 1)
-        elif more >= self.BATCH_LEAST:
-            self.token_s += (max(0.0, took - self.decode_s) / more - self.token_s) * (0.2 if self.token_s else 1)
-
-    def piece_size(self) -> int:
-        """Tokens of a step in which others decode."""
-        asked = self.flags.get("step_target", 0) / 1000
-        spare = (asked or max(2 * self.decode_s, self.STEP_S)) - self.decode_s
-        fits = int(spare / self.token_s) if self.token_s else self.BATCH_BUSY
-        return min(max(fits, self.BATCH_LEAST), self.BATCH_BUSY)
 
     def make_room(self) -> None:
         """Cells for all that decode, and for the prompt that has waited longest.
@@ -684,10 +737,10 @@ class LlamaCpp(LlamaModel):
     def fill_batch(self) -> list[tuple[LlamaSlot, int]]:
         """One token of every sequence that decodes, then pieces of the prompts. Returns whose last logits are at which index."""
         batch, ready = self.batch, []
-        busy = [slot for slot in self.ring if slot.sampler is not None]
+        busy = self.taking_part()
         decoding = [slot for slot in busy if len(slot.todo) == 1]
         prefilling = sorted((slot for slot in busy if len(slot.todo) > 1), key=lambda s: s.used)
-        room = max(self.piece_size() if decoding else self.BATCH, len(decoding) + 1)
+        room = max(self.room(decoding), len(decoding) + 1)
         free = self.free_cells() - self.growth() if self.unified else self.cells
         at = 0
         self.scoring = []
@@ -719,6 +772,14 @@ class LlamaCpp(LlamaModel):
                 ready.append((slot, at - 1 - len(slot.drafts)))
         batch.n_tokens = at
         return ready
+
+    def taking_part(self) -> list[LlamaSlot]:
+        """In the next batch."""
+        return [slot for slot in self.ring if slot.sampler is not None]
+
+    def room(self, decoding: list[LlamaSlot]) -> int:
+        """Tokens of the next batch."""
+        return self.pace.piece() if decoding else self.BATCH
 
     def guess(self, slot: LlamaSlot, most: int) -> list[int]:
         """What followed the last tokens when they were met before."""
@@ -1005,7 +1066,7 @@ class Transformers(HfModel):
     SPECULATES: ClassVar = frozenset[str]()
     SPECIAL_IN_GRAMMAR: ClassVar = False
     PAGE = 32  # tokens; prefixes are reused by whole pages
-    BATCH = 256  # tokens per step
+    BATCH, BATCH_LEAST = 256, 32  # tokens per step, and at least of prompts when others decode
     BATCH_SCORED = 64  # … of a prompt whose every token needs its logits
     pool_tokens, pool_rows = BATCH, 64
 
@@ -1021,6 +1082,8 @@ class Transformers(HfModel):
         self.library = f"{installed(self.LIBRARIES[0])}, {installed('torch')}"
         torch, self.slots = self.torch, spec.slots
         self.device = torch_device(torch, spec.device)
+        if spec.deterministic:
+            spec = exactly(spec, self.device.type)
         self.threads = spec.threads or physical_cores()
         torch.set_num_threads(self.threads)
         super().__init__(spec, transformers.AutoTokenizer.from_pretrained(spec.path).backend_tokenizer)
@@ -1051,6 +1114,7 @@ class Transformers(HfModel):
         self.processor.model_runner._sample = self.sample
         self.cache_class = transformers.DynamicCache
         self.paged = self.model.config._attn_implementation == "paged|eager"  # which works inside the batch alone
+        self.pace, self.most = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH), self.processor.max_batch_tokens
         self.rows: dict[int, TorchSequence] = {}
         self.scoring: list[TorchSequence] = []
         self.grammars: Any = None  # llguidance's tokenizer, made when first asked for
@@ -1079,15 +1143,15 @@ class Transformers(HfModel):
 
     def step(self) -> list[Step]:
         self.out = []
-        if self.scoring:
-            row = self.scoring[0]
-            try:
-                self.score_piece(row)
-            except Exception as error:
-                self.out.append(Step(row.seq, (), error=EngineFailed(f"scoring the prompt failed: {one_line(error)}")))
+        self.score_next()
+        decoding = sum(bool(row.sampled) for row in self.rows.values())
+        self.processor.max_batch_tokens = min(self.most, decoding + self.pace.piece()) if decoding else self.most
         if self.processor.prepare_next_batch():
+            batch, began = self.processor.inputs_and_outputs.requests_in_batch, time.monotonic()
+            more = sum(one.query_length - one.has_new_token for one in batch)
             self.processor._generation_step(self.model)
             self.processor.update_batch()
+            self.pace.learn(time.monotonic() - began, more)
         return self.out
 
     def sample(self, logits: Any, output_ids: Any) -> None:
@@ -1096,18 +1160,22 @@ class Transformers(HfModel):
         rows = [self.rows[int(future.state.request_id)] for future in batch if future.has_new_token]
         likeliest = logits[0, : len(rows)].argmax(-1).tolist()  # a row more for each prompt that is not at its end yet
         for i, row in enumerate(rows):
-            try:
-                token = likeliest[i] if row.greedy else self.choose(row, logits[0, i])
-            except Refused as refusal:
-                self.out.append(Step(row.seq, (), error=refusal))
-                continue
-            likeliest[i] = token
-            row.sampled.append(token)
-            wanted = row.sampling.logprobs
-            scores = self.score(logits[0, i : i + 1], [token], wanted) if wanted is not None else ()
-            self.out.append(Step(row.seq, [token], scores, row.scores))
-            row.scores = []
+            likeliest[i] = self.take(row, logits[0, i : i + 1], likeliest[i])
         output_ids[0, : len(rows)] = self.torch.tensor(likeliest, dtype=output_ids.dtype)
+
+    def take(self, row: TorchSequence, logits: Any, likeliest: int) -> int:
+        """Choose the next token of a sequence, and tell it. logits: float32 (1, vocabulary), raw."""
+        try:
+            token = likeliest if row.greedy else self.choose(row, logits[0])
+        except Refused as refusal:
+            self.out.append(Step(row.seq, (), error=refusal))
+            return likeliest
+        row.sampled.append(token)
+        wanted = row.sampling.logprobs
+        scores = self.score(logits, [token], wanted) if wanted is not None else ()
+        self.out.append(Step(row.seq, [token], scores, row.scores))
+        row.scores = []
+        return token
 
     def choose(self, row: TorchSequence, logits: Any) -> int:
         """Bans, penalties, temperature, top_k, top_p, min_p, in the order of LlamaCpp. Raises Refused: no token is left."""
@@ -1169,6 +1237,14 @@ class Transformers(HfModel):
         finally:
             if self.paged:
                 self.model.set_attn_implementation("paged|eager")
+
+    def score_next(self) -> None:
+        if self.scoring:
+            row = self.scoring[0]
+            try:
+                self.score_piece(row)
+            except Exception as error:
+                self.out.append(Step(row.seq, (), error=EngineFailed(f"scoring the prompt failed: {one_line(error)}")))
 
     def score_piece(self, row: TorchSequence) -> None:
         """The next piece of a prompt whose tokens are to be scored, outside the batch; after the last it joins the batch."""
@@ -1454,6 +1530,13 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 LACKS = {name: backend.LACKS for name, backend in BACKENDS.items()} | UPSTREAMS  # of every engine
 WITH_EMBEDDINGS = ["llamacpp", "transformers"]  # of models that generate; for one that only embeds see catalog.EMBEDDERS
+
+
+def exactly(spec: EngineSpec, device: str) -> EngineSpec:
+    """As --deterministic asks for it: what is rounded to fewer bits depends on what else is in the batch."""
+    if device.lower() != "cpu":
+        raise RuntimeError(f"--deterministic is honoured on the CPU alone: add --device {'CPU' if device.isupper() else 'cpu'}")
+    return replace(spec, dtype="float32")
 
 
 def no_embeddings() -> Refused:

@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
+from prefixes import Prefixes
 from tool_parser import Chat, Parser
 from tool_values import Part
 from turns import Turns
@@ -137,11 +138,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What the model is really given: the prompt after its template, its token ids, the sampling with every default filled in."""
+    """What the model is really given: the prompt after its template, its token ids, the sampling with every default filled in.
+
+    With it how much of that was in the cache, and where it first differed from what was there (prefixes.py).
+    """
 
     prompt: str
     prompt_token_ids: list[int]
     sampling: dict[str, Any]
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 class TokenLogprob(NamedTuple):
@@ -279,6 +284,8 @@ class EngineSpec:
     tool_syntax: str = ""  # takes the place of what is found in the template
     options: tuple[str, ...] = ()  # flags of exllamav3's own model_init, as they stood on the command line
     task: str = "generate"  # | "embed" | "rerank": what the model is for
+    step_target: float = 0.0  # milliseconds that a step may take in which others decode; 0: two that only decode, or 150
+    deterministic: bool = False  # a request's text may not depend on what else runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +457,7 @@ class Choice:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.ends = request.ends if request.ends is not None else ends_of(sampling, request.eos)
         self.taken = 0
+        self.made = array("i")  # tokens
         self.parser = request.chat.parser() if request.chat else None
         self.thinking = (
             Thinking(request) if request.chat and (request.chat.later or sampling.thinking_budget is not None) else None
@@ -459,6 +467,7 @@ class Choice:
         """At least one delta; several where the text is of several kinds."""
         sampling, parser = self.request.sampling, self.parser
         finish, text = None, ""
+        self.made.extend(step.tokens)
         parts: list[Part] = []
         logprobs: list[TokenLogprob] = []
         if self.taken == 0 and sampling.echo:
@@ -503,6 +512,7 @@ class Choice:
         """What came is forgotten: it had no reasoning, and did not follow the grammar that comes after it."""
         assert self.request.chat and self.thinking
         self.taken, self.parser, self.thinking.restarted = 0, self.request.chat.parser(), False
+        del self.made[:]
         self.utf8.reset()
         parts.clear()
 
@@ -597,15 +607,18 @@ class Request:
     job: int
     client: str  # who asks, for fairness
     text: str
-    ids: Sequence[int]  # an array: a list of them takes ten times the memory, and a queue holds many
+    ids: array[int]  # a list of them takes ten times the memory, and a queue holds many
     hidden: int  # tokens at the beginning that the tokenizer added, and the client did not send
     sampling: Sampling
     eos: frozenset[int]
     ends: frozenset[int] | None = None  # the tokens that end a completion: one set for all of a job
+    first: int = 0  # the index of its first choice
     siblings: range = range(0)  # choices that are held back until the first one's prefill can be reused
 
     chat: Chat | None = None  # how its text is taken apart; None: it is not
     views: dict[int, bytes] = field(default_factory=dict)  # of tokens, as the parser is to see them
+    told: dict[str, Any] | None = None  # of its sampling, where Details are wanted
+    details: Details | None = None  # to be told with its first token, when all engines know how much was in the cache
 
     def view(self, token: int, backend: Backend) -> bytes:
         """A token's text, for the parser: special tokens are empty unless they are marks of its."""
@@ -642,6 +655,91 @@ def readable(conn: Connection) -> Callable[[], bool]:
     return lambda: bool(poller.poll(0))
 
 
+class Reader:
+    """What a job's prompts become before they have a slot: token ids, and sampling with every default filled in; or a refusal."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+
+    def read(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> Iterator[list[Request] | None]:
+        """One prompt at a time, since to tokenize hundreds takes seconds; all of them come last."""
+        requests: list[Request] = []
+        ends = self.check_ids(sampling)
+        told = asdict(replace(sampling, constraint=None)) if any(prompt.details for prompt in prompts) else {}
+        told.pop("constraint", None)
+        for at, prompt in enumerate(prompts):
+            if requests:
+                yield None
+            request = self.prepare(job, prompt, sampling, client)
+            request.ends, request.first = ends, at * sampling.n
+            request.siblings = range(request.first + 1, request.first + sampling.n)
+            if prompt.details:
+                own = {name: value for name in told if not isinstance(value := getattr(request.sampling, name), tuple)}
+                request.told = told | own
+            requests.append(request)
+        yield requests
+
+    def check_ids(self, sampling: Sampling) -> frozenset[int]:
+        """Refuses tokens that the model does not have. Returns those that end a completion."""
+        for name, tokens in (("logit_bias", dict(sampling.logit_bias)), ("stop_token_ids", sampling.stop_token_ids)):
+            if tokens and max(tokens) >= self.backend.vocabulary:
+                last = self.backend.vocabulary - 1
+                raise Refused(f"'{name}' names token {max(tokens)}, but the ids end at {last}.", name)
+        return ends_of(sampling, self.backend.eos)
+
+    def prepare(self, job: int, prompt: Prompt, sampling: Sampling, client: str) -> Request:
+        """Token ids, and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
+        context = self.backend.context
+        if prompt.least_tokens() > context:
+            raise too_long("the prompt", "is far longer than", context)
+        chat, text, ids, hidden = self.read_prompt(prompt, sampling)
+        if chat:
+            sampling = replace(sampling, grammar=chat.grammar if chat.later else chat.whole_grammar or chat.grammar)
+        room = context - len(ids)
+        if not ids:
+            raise Refused("The prompt is empty.", "prompt")
+        if room < (sampling.max_tokens != 0):
+            raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
+        if sampling.max_tokens is not None and sampling.max_tokens > room and not sampling.cut:
+            asked = f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they"
+            raise too_long(asked, "exceed", context)
+        defaults = FALLBACK | self.backend.defaults
+        sampling = replace(
+            sampling,
+            cut=False,
+            max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
+        )
+        kept = text if sampling.echo or prompt.details else ""
+        return Request(
+            job, client, kept, array("i", ids), hidden, sampling, self.backend.eos, chat=chat if chat and chat.syntax else None
+        )
+
+    def read_prompt(self, prompt: Prompt, sampling: Sampling) -> tuple[Chat | None, str, list[int], int]:
+        """What the template makes of a conversation; (…, text, token ids, how many of them the tokenizer added in front)."""
+        chat = prompt.chat
+        if prompt.messages is not None and hasattr(self.backend.template, "prepare"):  # no workshop has done it
+            chat = self.backend.template.prepare(prompt, sampling)
+            prompt = replace(prompt, messages=None, text=chat.text, rendered=True)
+        if chat and not getattr(self.backend, "SPECIAL_IN_GRAMMAR", True):
+            chat = self.without_special(chat)
+        return chat, *encode(self.backend, prompt, sampling.scores_prompt)
+
+    def without_special(self, chat: Chat) -> Chat:
+        """For an engine whose grammars cannot speak of special tokens: what of a request's grammar does not need them."""
+
+        def plain(text: str) -> bool:
+            return all(self.backend.piece(token, False) for token in self.backend.tokenize(text, False))
+
+        if chat.grammar is None or chat.syntax is None:
+            return chat
+        if chat.optional and not plain("".join(chat.syntax.openers[:1])):
+            return replace(chat, grammar=None, whole_grammar=None)
+        if chat.whole_grammar and chat.syntax.form == "channels":
+            return replace(chat, whole_grammar=None)
+        return replace(chat, later=chat.whole_grammar is not None and not plain(chat.think_end))
+
+
 class EngineLoop:
     """receive, admit, step: the life of an engine. Owns all sequence state; only its thread calls the backend."""
 
@@ -655,6 +753,7 @@ class EngineLoop:
         self.turns: dict[str, int] = {}  # when each client last got a slot
         self.clock = itertools.count(1)
         self.pool = Pool(backend)
+        self.reader, self.prefixes = Reader(backend), Prefixes()
         self.pace, self.prompts = GrammarPace(), PromptPace()
         self.credit = self.SHARE_S  # seconds that other work may take before the next step: half of what answers have taken
         self.out: list[tuple[int, Event]] = []
@@ -721,7 +820,7 @@ class EngineLoop:
     def submit(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> None:
         if sampling.seed is None:
             sampling = replace(sampling, seed=random.getrandbits(32))  # one for the whole job: a record of it runs again
-        self.work.put(client, Work(job, client, "read", self.read(job, prompts, sampling, client)))
+        self.work.put(client, Work(job, client, "read", self.reader.read(job, prompts, sampling, client)))
 
     def call(self, job: int, name: str, arguments: dict[str, Any], client: str = "") -> None:
         self.work.put(client, Work(job, client, "answer", CALLS[name](self.backend, **arguments)))
@@ -736,92 +835,14 @@ class EngineLoop:
             for value in self.guarded(work.job, work.what, lambda: [*itertools.islice(work.pieces, 1)]) or ():  # noqa: B023
                 if value is None:
                     self.work.put(work.client, work)  # more to do; the others first
+                elif work.what == "read":
+                    for request in value:
+                        self.waiting.put(work.client, Choice(request, request.first))
                 elif isinstance(value, Pooling):
                     self.pool.jobs[work.job] = value
                 else:
                     self.out.append((work.job, Answer(value)))
             self.credit -= time.monotonic() - began
-
-    # ── jobs that generate ──
-
-    def read(self, job: int, prompts: Sequence[Prompt], sampling: Sampling, client: str) -> Iterator[None]:
-        """One prompt at a time: to tokenize hundreds takes seconds."""
-        requests: list[Request] = []
-        ends = self.check_ids(sampling)
-        for prompt in prompts:
-            if requests:
-                yield None
-            requests.append(self.prepare(job, prompt, sampling, client))
-            requests[-1].ends = ends
-        told = asdict(replace(sampling, constraint=None)) if any(prompt.details for prompt in prompts) else {}
-        told.pop("constraint", None)
-        for at, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-            first = at * sampling.n
-            request.siblings = range(first + 1, first + sampling.n)
-            self.waiting.put(client, Choice(request, first))
-            if prompt.details:
-                own = {name: value for name in told if not isinstance(value := getattr(request.sampling, name), tuple)}
-                self.out.append((job, Details(request.text, list(request.ids), told | own)))
-
-    def check_ids(self, sampling: Sampling) -> frozenset[int]:
-        """Refuses tokens that the model does not have. Returns those that end a completion."""
-        for name, tokens in (("logit_bias", dict(sampling.logit_bias)), ("stop_token_ids", sampling.stop_token_ids)):
-            if tokens and max(tokens) >= self.backend.vocabulary:
-                last = self.backend.vocabulary - 1
-                raise Refused(f"'{name}' names token {max(tokens)}, but the ids end at {last}.", name)
-        return ends_of(sampling, self.backend.eos)
-
-    def prepare(self, job: int, prompt: Prompt, sampling: Sampling, client: str) -> Request:
-        """Token ids, and sampling with every default filled in. Refuses what can never fit, before it costs anything."""
-        context = self.backend.context
-        if prompt.least_tokens() > context:
-            raise too_long("the prompt", "is far longer than", context)
-        chat, text, ids, hidden = self.read_prompt(prompt, sampling)
-        if chat:
-            sampling = replace(sampling, grammar=chat.grammar if chat.later else chat.whole_grammar or chat.grammar)
-        room = context - len(ids)
-        if not ids:
-            raise Refused("The prompt is empty.", "prompt")
-        if room < (sampling.max_tokens != 0):
-            raise too_long(f"the prompt has {len(ids)} tokens, which", "leaves no room for a completion in", context)
-        if sampling.max_tokens is not None and sampling.max_tokens > room and not sampling.cut:
-            asked = f"the prompt has {len(ids)} tokens and max_tokens is {sampling.max_tokens}: together they"
-            raise too_long(asked, "exceed", context)
-        defaults = FALLBACK | self.backend.defaults
-        sampling = replace(
-            sampling,
-            cut=False,
-            max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-            **{name: value for name, value in defaults.items() if getattr(sampling, name) is None},  # type: ignore[arg-type]
-        )
-        kept = text if sampling.echo or prompt.details else ""
-        return Request(
-            job, client, kept, array("i", ids), hidden, sampling, self.backend.eos, chat=chat if chat and chat.syntax else None
-        )
-
-    def read_prompt(self, prompt: Prompt, sampling: Sampling) -> tuple[Chat | None, str, list[int], int]:
-        """What the template makes of a conversation; (…, text, token ids, how many of them the tokenizer added in front)."""
-        chat = prompt.chat
-        if prompt.messages is not None and hasattr(self.backend.template, "prepare"):  # no workshop has done it
-            chat = self.backend.template.prepare(prompt, sampling)
-            prompt = replace(prompt, messages=None, text=chat.text, rendered=True)
-        if chat and not getattr(self.backend, "SPECIAL_IN_GRAMMAR", True):
-            chat = self.without_special(chat)
-        return chat, *encode(self.backend, prompt, sampling.scores_prompt)
-
-    def without_special(self, chat: Chat) -> Chat:
-        """For an engine whose grammars cannot speak of special tokens: what of a request's grammar does not need them."""
-
-        def plain(text: str) -> bool:
-            return all(self.backend.piece(token, False) for token in self.backend.tokenize(text, False))
-
-        if chat.grammar is None or chat.syntax is None:
-            return chat
-        if chat.optional and not plain("".join(chat.syntax.openers[:1])):
-            return replace(chat, grammar=None, whole_grammar=None)
-        if chat.whole_grammar and chat.syntax.form == "channels":
-            return replace(chat, whole_grammar=None)
-        return replace(chat, later=chat.whole_grammar is not None and not plain(chat.think_end))
 
     def next_waiting(self) -> Choice | None:
         """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""
@@ -849,7 +870,7 @@ class EngineLoop:
             request, sampling = choice.request, choice.request.sampling
             assert sampling.seed is not None
             if sampling.max_tokens == 0 and not sampling.scores_prompt:  # a mere echo needs no engine
-                self.out.append((request.job, Started(len(request.ids), 0, time.monotonic())))
+                self.begin(choice, 0)
                 self.emit(choice, Step(-1, ()))
                 continue
             # 2**32 - 1 is llama.cpp's word for "any seed"
@@ -861,8 +882,23 @@ class EngineLoop:
                 continue
             seq, cached = started
             self.active[seq] = choice
-            if choice.index % sampling.n == 0:
-                self.out.append((request.job, Started(len(request.ids), cached, time.monotonic())))
+            if choice.index == request.first:
+                self.begin(choice, cached)
+
+    def begin(self, choice: Choice, cached: int | None) -> None:
+        """The engine has taken a prompt, with the first of its choices."""
+        request = choice.request
+        self.out.append((request.job, Started(len(request.ids), cached, time.monotonic())))
+        if request.told is not None:
+            cache = self.prefixes.explain(request.client, request.ids, cached, lambda ids: text_of(self.backend, ids))
+            request.details = Details(request.text, list(request.ids), request.told, cache)
+        self.prefixes.remember(request.client, request.ids, choice.made)
+
+    def found(self, request: Request, cached: int) -> None:
+        """Tokens of its prompt that the engine has found in its cache only when it came to compute."""
+        self.out.append((request.job, Started(0, cached, time.monotonic())))
+        if request.details:
+            request.details.cache["cached_tokens"] = (request.details.cache["cached_tokens"] or 0) + cached
 
     def timed_step(self) -> None:
         reading, answering, began = bool(self.unread()), self.answering(), time.monotonic()
@@ -878,8 +914,8 @@ class EngineLoop:
             choice = self.active.get(step.seq)
             if choice is None:
                 continue  # its job has just been refused
-            if step.cached is not None and choice.index % choice.request.sampling.n == 0:
-                self.out.append((choice.request.job, Started(0, step.cached, time.monotonic())))
+            if step.cached is not None and choice.index == choice.request.first:
+                self.found(choice.request, step.cached)
             if step.error:
                 self.cancel(choice.request.job)
                 self.out.append((choice.request.job, step.error))
@@ -912,6 +948,9 @@ class EngineLoop:
 
     def emit(self, choice: Choice, step: Step) -> bool:
         """Send what a step brought. True when the choice has finished."""
+        if choice.request.details:
+            self.out.append((choice.request.job, choice.request.details))
+            choice.request.details = None
         deltas = choice.take(step, self.backend)
         self.out += [(choice.request.job, delta) for delta in deltas]
         if choice.request.siblings:
@@ -1058,12 +1097,15 @@ def encode(backend: Backend, prompt: Prompt, hidden: bool = False) -> tuple[str,
         return text, known(backend, backend.tokenize(text, False)), 0
     if prompt.tokens is not None:
         known(backend, prompt.tokens)
-        data = b"".join(backend.piece(token, True) for token in prompt.tokens)
-        return data.decode("utf-8", "replace"), list(prompt.tokens), 0
+        return text_of(backend, prompt.tokens), list(prompt.tokens), 0
     text = prompt.text or ""
     ids = known(backend, backend.tokenize(text, True))
     plain = len(backend.tokenize(text, False)) if hidden and ids[:1] == [backend.bos] else len(ids)
     return text, ids, 1 if len(ids) > plain else 0
+
+
+def text_of(backend: Backend, tokens: Sequence[int]) -> str:
+    return b"".join(backend.piece(token, True) for token in tokens).decode("utf-8", "replace")
 
 
 def rendered(backend: Backend, prompt: Prompt) -> str:
@@ -1217,13 +1259,18 @@ def one_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
-def backend_class(name: str, task: str = "generate") -> type[Backend]:
-    """By its name in backends.BACKENDS or embedders.EMBEDDERS, or as "module:Class" for a binding of your own."""
+def backend_class(name: str, task: str = "generate", exact: bool = False) -> type[Backend]:
+    """By its name in backends.BACKENDS, exact.EXACT or embedders.EMBEDDERS, or as "module:Class" for a binding of your own."""
     if ":" not in name:  # imported here: they import us
-        room, table = ("backends", "BACKENDS") if task == "generate" else ("embedders", "EMBEDDERS")
-        name = f"{room}:{getattr(importlib.import_module(room), table)[name].__name__}"
+        found: type[Backend] | None
+        generating = ("exact", "EXACT") if exact else ("backends", "BACKENDS")
+        room, table = generating if task == "generate" else ("embedders", "EMBEDDERS")
+        found = getattr(importlib.import_module(room), table).get(name)
+        if found is None:
+            raise RuntimeError(f"{name} does not honour --deterministic")
+        return found
     module, _, attribute = name.partition(":")
-    found: type[Backend] = getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
     return found
 
 
@@ -1244,7 +1291,9 @@ def run_engine(conn: Connection, spec: EngineSpec) -> None:
             os._exit(0)  # the server is gone
 
     try:
-        backend = backend_class(spec.backend, spec.task)(spec, lambda fraction: tell("progress", float(fraction)))
+        backend = backend_class(spec.backend, spec.task, spec.deterministic)(
+            spec, lambda fraction: tell("progress", float(fraction))
+        )
     except Exception as error:
         log.debug("load failed", exc_info=True)
         tell("failed", f"{spec.path}: {one_line(error)}")
@@ -1273,12 +1322,25 @@ def run_engine(conn: Connection, spec: EngineSpec) -> None:
 
 
 def fingerprint(spec: EngineSpec, *settings: object) -> str:
-    """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings."""
+    """`system_fingerprint`: two replies with the same one come from the same weights, library and batch settings.
+
+    It ends in `_deterministic` where a text does not depend on what else runs.
+    """
     files = sorted(weight_files(spec.path))
     weights = [(os.path.basename(f), os.path.getsize(f), int(os.path.getmtime(f))) for f in files]
-    own = (spec.device, spec.dtype, spec.flags, spec.draft, spec.ngram, spec.draft_tokens, spec.options)
+    own = (
+        spec.device,
+        spec.dtype,
+        spec.flags,
+        spec.draft,
+        spec.ngram,
+        spec.draft_tokens,
+        spec.options,
+        spec.step_target,
+        spec.deterministic,
+    )
     text = repr((spec.backend, weights, spec.chat_template, own, settings))
-    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12] + "_deterministic" * spec.deterministic
 
 
 def weight_files(path: str) -> list[str]:

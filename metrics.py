@@ -124,6 +124,10 @@ class Metrics:
     def begin(self, model: str, completion: Counted) -> None:
         self.live[id(completion)] = (model, completion)
 
+    def forget(self, completion: Counted) -> None:
+        """Of one that was begun, and whose end nobody tells. Harmless when it has ended."""
+        self.live.pop(id(completion), None)
+
     def end(self, completion: Counted, gaps: Tally | None, queued: float, first: float, whole: float) -> None:
         """A completion that was begun has ended, well or not. Seconds; 0: it never came to that."""
         model, _ = self.live.pop(id(completion))

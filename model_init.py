@@ -164,15 +164,20 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
     add("-ngram", "--ngram-match-min", type=whole(0, 64), default=0, metavar="N",
         help="speculative decoding: guess what followed the last N tokens before; 0: off (openvino, llamacpp, exllamav3)")  # fmt: skip
     add("-ndt", "--num-draft-tokens", type=whole(1, 64), metavar="N", help="tokens guessed at once (default 4)")
+    add("--step-target", type=between(1, 1e6), default=0.0, metavar="MS",
+        help="how long a step may take in which others decode: prompts come in pieces that fit (openvino, llamacpp, transformers; "
+        "default: 2 decode steps, at least 150)")  # fmt: skip
+    add("--deterministic", action="store_true",
+        help="the same text for the same request and seed, whatever else runs (openvino, llamacpp, transformers, on the CPU); slower")  # fmt: skip
     add("--device", default="auto", metavar="NAME",
         help="transformers: cpu, cuda, cuda:1, mps, …, default: a GPU if there is one; "
         "openvino: CPU, GPU, GPU.1, AUTO:GPU,CPU, HETERO:GPU,CPU, …, default: CPU")  # fmt: skip
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="what to compute with (transformers, openvino); with float32 greedy text does not depend on what else runs")  # fmt: skip
+        help="what to compute with (transformers, openvino); with float32 greedy text hardly depends on what else runs")  # fmt: skip
 
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
-LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "no_mmap", "mlock", "cache_type_k", "cache_type_v", "step_target")
+LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "no_mmap", "mlock", "cache_type_k", "cache_type_v")
 LIBRARY_FLAGS = {flag: ["llamacpp"] for flag in LLAMACPP_FLAGS} | {"no_model_cache": ["openvino"]}  # EngineSpec.flags
 
 
@@ -186,8 +191,6 @@ def add_llamacpp_args(group: argparse._ArgumentGroup) -> None:
     add("--mlock", action="store_true", help="keep the weights from being swapped out")
     add("--cache-type-k", choices=CACHE_TYPES, help="of the KV cache's keys (default f16)")
     add("--cache-type-v", choices=CACHE_TYPES, help="of the KV cache's values (default f16)")
-    add("--step-target", type=between(1, 1e6), metavar="MS",
-        help="how long a step may take in which others decode: prompts come in pieces that fit (default: 2 decode steps, at least 150)")  # fmt: skip
 
 
 class GpuLayers(argparse.Action):
@@ -350,7 +353,7 @@ def init(args: argparse.Namespace) -> Models:
         return EngineSpec(
             backend, path, args.max_parallel, args.threads, args.cache_size, template, embeddings, args.length,
             device=args.device, dtype=args.dtype, draft=args.draft_model_dir or "", ngram=args.ngram_match_min,
-            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or (DEMO_SYNTAX if model.path.name == DEMO_FILE else ""), options=tuple(args.exllamav3), task=model.task,
+            draft_tokens=args.num_draft_tokens or 0, tool_syntax=args.tool_syntax or (DEMO_SYNTAX if model.path.name == DEMO_FILE else ""), options=tuple(args.exllamav3), task=model.task, deterministic=args.deterministic, step_target=args.step_target,
             flags=tuple((flag, value) for flag in LIBRARY_FLAGS if (value := getattr(args, flag)) is not None and value is not False),
         )  # fmt: skip
 
@@ -394,6 +397,8 @@ def engine_flags() -> dict[str, list[str]]:
         "device": ["openvino", "transformers"],
         **LIBRARY_FLAGS,
         "dtype": ["openvino", "transformers"],
+        "step_target": ["openvino", "llamacpp", "transformers"],
+        "deterministic": ["openvino", "llamacpp", "transformers"],
         "draft_model_dir": draft,
         "ngram_match_min": ngram,
     }
@@ -422,6 +427,15 @@ def check_engine_flags(args: argparse.Namespace, backend: str | None) -> None:
         raise UsageError("--num-draft-tokens needs --draft-model-dir or --ngram-match-min")
     if args.draft_model_dir and args.ngram_match_min:
         raise UsageError("--draft-model-dir and --ngram-match-min exclude each other")
+    if args.deterministic:
+        check_deterministic(args)
+
+
+def check_deterministic(args: argparse.Namespace) -> None:
+    """What would make a text depend on what else runs. Raises UsageError."""
+    for flag, harmless in {"ngram_match_min": 0, "dtype": "float32", "cache_type_v": "f16"}.items():
+        if (value := getattr(args, flag)) not in (*UNSET, harmless):
+            raise UsageError(f"--deterministic and {spelled(flag)} {value} exclude each other")
 
 
 def preloaded(args: argparse.Namespace) -> list[str]:

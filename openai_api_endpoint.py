@@ -307,11 +307,12 @@ class Handler(Connection):
         max_tokens: int | None,
         cut: bool = False,
         render: Callable[[Completion], Rendering] | None = None,
-        away: Callable[[Job, Completion, Callable[..., None]], None] | None = None,
+        away: Callable[[Job, Completion, Rendering, Callable[..., None]], Callable[[], None]] | None = None,
     ) -> None:
         """`max_tokens`: where the request does not say. `cut`: it is cut down to what fits. `render`: as a dialect tells it.
 
-        `away`: takes the job over, instead of this handler; it calls its last argument with Generation.seconds() at the end.
+        `away`: takes the job over, instead of this handler; it calls its last argument with Generation.seconds() at the end,
+        and returns what this handler is still to do.
         """
         self.must("generate")
         told = values.get("return_prompt") or self.headers.get("X-Debug", "").strip().lower() == "prompt"
@@ -327,32 +328,38 @@ class Handler(Connection):
         job = self.submit(
             lambda engine: engine.submit(prompts, sampling, client, self.model.id if self.model.served_by else "")
         )
-        completion = self.completion_of(job, prompts, sampling, values, shape)
-        metrics = self.server.metrics
-        if metrics:
-            completion.gaps = Tally("inter_token_latency_seconds")
-            metrics.begin(self.model.id, completion)
-
-        def ended(**seconds: float) -> None:
+        with contextlib.ExitStack() as after:
+            after.callback(job.cancel)  # from here on whatever happens frees the slot
+            completion = self.completion_of(job, prompts, sampling, values, shape)
+            rendering = render(completion) if render else Chunks(completion, values.get("stream_options", False))
+            metrics = self.server.metrics
             if metrics:
-                metrics.end(completion, completion.gaps, **seconds)
+                completion.gaps = Tally("inter_token_latency_seconds")
+                metrics.begin(self.model.id, completion)
+                after.callback(metrics.forget, completion)
 
-        if away:
-            return away(job, completion, ended)
-        self.rendering = render(completion) if render else Chunks(completion, values.get("stream_options", False))
-        answer = Generation(self, job, completion, self.rendering, bool(told))
-        try:
-            self.server.peers.add(self, job.wake)
-            if values.get("stream"):
-                answer.stream()
-            else:
-                answer.reply()
-            self.server.note_request(self.path, self.body, self.request_id, completion, answer.debug())
-        finally:
-            self.server.peers.discard(self)
-            job.cancel()
-            self.log_note = answer.describe()
-            ended(**answer.seconds())
+            def ended(**seconds: float) -> None:
+                if metrics:
+                    metrics.end(completion, completion.gaps, **seconds)
+
+            if away:
+                go_on = away(job, completion, rendering, ended)
+                after.pop_all()
+                return go_on()
+            self.rendering = rendering
+            answer = Generation(self, job, completion, rendering, bool(told))
+            try:
+                self.server.peers.add(self, job.wake)
+                if values.get("stream"):
+                    answer.stream()
+                else:
+                    answer.reply()
+                self.server.note_request(self.path, self.body, self.request_id, completion, answer.debug())
+            finally:
+                self.server.peers.discard(self)
+                job.cancel()
+                self.log_note = answer.describe()
+                ended(**answer.seconds())
 
     def completion_of(
         self, job: Job, prompts: list[Prompt], sampling: Sampling, values: dict[str, Any], shape: Shape
@@ -815,14 +822,14 @@ class Dialects(Routes):
         def render(completion: Completion) -> responses_api.Answer:
             return responses_api.Answer(completion, turn, self.sampling_defaults(), keep)
 
-        def away(job: Job, completion: Completion, ended: Callable[..., None]) -> None:
+        def away(job: Job, completion: Completion, answer: Rendering, ended: Callable[..., None]) -> Callable[[], None]:
             """From here on nothing may ask this handler: its connection goes on with other requests."""
-            answer = render(completion)
+            assert isinstance(answer, responses_api.Answer)
             one = Background(job, completion, answer, self.server.request_timeout, ended)
             queued = {**answer.waiting()}
-            self.server.running.add(completion.id, one)
             one.start()
-            self.follow(one, 0) if values.get("stream") else self.reply(200, queued)
+            self.server.running.add(completion.id, one)
+            return lambda: self.follow(one, 0) if values.get("stream") else self.reply(200, queued)
 
         self.generate(
             [chat_prompt(values)], values, responses_api.SHAPE, self.server.profile.max_tokens, render=render,

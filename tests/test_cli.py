@@ -77,6 +77,14 @@ def one_line(text):
         (["--models-dir", "@empty", "--backend", "transformers", "-ngram", "2"], "--ngram-match-min needs"),
         (["--models-dir", "@empty", "--embeddings", "--backend", "openvino"], "--embeddings needs"),
         (["--models-dir", "@empty", "--backend", "exllamav3", "-dm", "@empty", "-ngram", "2"], "exclude each other"),
+        (
+            ["--models-dir", "@empty", "--backend", "exllamav3", "--deterministic"],
+            "--deterministic needs --backend openvino or",
+        ),
+        (["--upstream", "http://localhost:1", "--deterministic"], "--deterministic has no meaning with --upstream"),
+        (["-m", "@demo", "--deterministic", "-ngram", "2"], "--deterministic and --ngram-match-min 2 exclude each other"),
+        (["-m", "@demo", "--backend", "llamacpp", "--deterministic", "--cache-type-v", "q8_0"], "exclude each other"),
+        (["-m", "@demo", "--deterministic", "--backend", "openvino", "--dtype", "bfloat16"], "exclude each other"),
     ],
 )
 def test_wrong_command_lines(args, words, tmp_path, demo):

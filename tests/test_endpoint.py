@@ -7,7 +7,9 @@ import threading
 import time
 
 import pytest
-from conftest import cancelled_at, serve_scripted, sse, threads_alive, until
+from conftest import cancelled_at, from_client, serve_scripted, sse, threads_alive, until
+
+from metrics import Metrics
 
 CHAT = "/v1/chat/completions"
 
@@ -560,3 +562,43 @@ def test_shutdown_lets_answers_finish(tmp_path):
         assert results[0][1]["choices"][0]["message"]["content"] == "last"
         with pytest.raises(OSError):
             served.request("GET", "/health")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "broken"),
+    [
+        ("/v1/chat/completions", {}, "openai_api_endpoint.Chunks"),
+        ("/v1/messages", {"max_tokens": 9}, "messages_api.Answer"),
+        ("/v1/responses", {"background": True}, "responses_api.Answer"),
+        ("/v1/responses", {"background": True}, "openai_api_endpoint.Background.start"),
+    ],
+)
+def test_a_fault_before_the_answer_begins_frees_the_slot(tmp_path, monkeypatch, path, fields, broken):
+    def fails(*_):
+        raise RuntimeError("it hurts")
+
+    with serve_scripted(tmp_path, slots=1, queue=0, metrics=Metrics(), state="memory") as served:
+        monkeypatch.setattr(broken, fails)
+        body = {"messages" if path != "/v1/responses" else "input": [{"role": "user", "content": "forever"}], **fields}
+        assert served.request("POST", path, body)[0] == 500
+        assert served.models.engine.jobs == {}
+        monkeypatch.undo()
+        assert served.chat("echo again")[1]["choices"][0]["message"]["content"] == "again"
+        until(lambda: served.server.metrics.live == {})  # the handler counts after its client has all
+
+
+def test_return_prompt_tells_why_it_was_not_in_the_cache(scripted):
+    def cache(text, client=1, **fields):
+        headers = from_client(client)
+        return scripted.chat(text, return_prompt=True, headers=headers, **fields)[1]["debug"]["prompts"][0]["cache"]
+
+    assert cache("echo It is 12:00 now") == {"cached_tokens": 6, "best_match_tokens": 0, "first_difference": None}
+    difference = {"token": 14, "prompt": "t is 12:34 now", "cached": "t is 12:00 nowIt"}  # what was said then is part of it
+    assert cache("echo It is 12:34 now") == {"cached_tokens": 6, "best_match_tokens": 14, "first_difference": difference}
+    assert cache("echo It is 12:00 nowIt is") == {"cached_tokens": 4, "best_match_tokens": 25, "first_difference": None}
+    assert cache("echo It", n=2)["best_match_tokens"] == 7
+    theirs = cache("echo It is 12:00 now", client=2)  # nobody is told what others have asked
+    assert theirs == {"cached_tokens": 6, "best_match_tokens": 0, "first_difference": None}
+    prompts = scripted.request("POST", "/v1/completions", {"prompt": ["echo ab", "echo ac"], "return_prompt": True})[1]
+    assert [one["cache"]["best_match_tokens"] for one in prompts["debug"]["prompts"]] == [0, 6]
+    assert scripted.stream("echo Is", return_prompt=True)[-1]["debug"]["prompts"][0]["cache"]["best_match_tokens"] == 5

@@ -403,3 +403,29 @@ def test_many_prompts_in_one_request(served):
     reply = complete(served, prompts, max_tokens=2, echo=True)
     assert [choice["text"].startswith(prompt) for choice, prompt in zip(reply["choices"], prompts, strict=True)] == [True] * 20
     refused(served, "/v1/completions", {"prompt": [*prompts, ""]}, "prompt")
+
+
+def test_why_a_prompt_was_not_in_the_cache(served):
+    """Told by every engine that shows its prompts: where it parts from the one before, token by token."""
+    if not honours(served, "inside"):
+        return  # test_seed_that_was_used_gives_the_same_again has seen it refused
+
+    def ask(time):
+        system = f"You keep a lighthouse. {'The sea is calm, the lamp is lit. ' * 8}It is {time} now. Be brief."
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Is all well?"}]
+        reply = chat(served, messages=messages, temperature=0, max_tokens=4, return_prompt=True)
+        (prompt,) = reply["debug"]["prompts"]
+        told = reply["usage"]["prompt_tokens_details"].get("cached_tokens")
+        assert prompt["cache"]["cached_tokens"] == told and (told is not None or engine(served) == "openvino")
+        return prompt["prompt_token_ids"], prompt["cache"]
+
+    before, _ = ask("12:00")
+    after, cache = ask("12:34")
+    at = next(i for i in range(len(after)) if before[i] != after[i])
+    difference = cache["first_difference"]
+    assert cache["best_match_tokens"] == difference["token"] == at
+    assert "12:3" in difference["prompt"] and "12:0" in difference["cached"]
+    if cache["cached_tokens"] is not None:
+        assert at - 32 < cache["cached_tokens"] <= at  # whole pages
+    _, cache = ask("12:34")
+    assert (cache["best_match_tokens"], cache["first_difference"]) == (len(after), None)

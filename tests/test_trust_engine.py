@@ -112,7 +112,7 @@ def test_one_set_of_stop_ids_for_a_job(tmp_path):
         loop.catch_up()
     choices = list(loop.waiting)
     assert len(choices) == 5 and len({id(choice.ends) for choice in choices}) == 1  # and siblings come when they are needed
-    told = [event.sampling for _, event in loop.out if isinstance(event, Details)]
+    told = [choice.request.told for choice in choices]
     assert len(told) == 5 and len({id(one["stop_token_ids"]) for one in told}) == 1
     assert told[0]["max_tokens"] == loop.backend.context - len("echo 0") and "constraint" not in told[0]
 
