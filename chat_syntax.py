@@ -21,7 +21,7 @@ from constraints import Unsupported
 from engine import Prompt, Refused, Sampling, log, one_line
 from tool_grammar import after_reasoning, behind, calls_grammar, written
 from tool_parser import Chat, Parser
-from tool_syntax import CHANNEL_FRAMES, KNOWN, THINKING, Syntax
+from tool_syntax import CHANNEL_FRAMES, KNOWN, SILENT_THINKING, THINKING, Syntax
 
 
 class ChatTemplate:
@@ -230,12 +230,18 @@ class ChatTemplate:
     def switched(self, prompt: Prompt) -> dict[str, Any]:
         """The template's variables, with reasoning on or off as the request wants it. Raises Refused."""
         kwargs, switch, syntax = dict(prompt.template_kwargs), self.switch, self.syntax
+        thinks = bool(syntax.think[1] or syntax.kinds)
         wanted = kwargs.get("enable_thinking")
-        if wanted is not None and switch.name != "enable_thinking" and switch.name:
-            kwargs[switch.name] = kwargs.pop("enable_thinking")
+        if wanted is not None and switch.name != "enable_thinking":
+            if switch.name:
+                kwargs[switch.name] = kwargs.pop("enable_thinking")
+            elif wanted is False and "none" in switch.efforts:
+                kwargs.setdefault("reasoning_effort", "none")
+            elif wanted is not thinks and "enable_thinking" not in (self.source or ""):
+                able = "always reasons, and has no switch for that" if thinks else "does not reason"
+                raise Refused(f"'enable_thinking' cannot be {json.dumps(wanted)}: this model {able}.", "chat_template_kwargs")
         if prompt.effort is None:
             return kwargs
-        thinks = bool(syntax.think[1] or syntax.kinds)
         if switch.efforts and (prompt.effort != "none" or "none" in switch.efforts):
             kwargs["reasoning_effort"] = switch.effort(prompt.effort)
         elif not switch.name and not prompt.lenient and prompt.effort != ("medium" if thinks else "none"):
@@ -293,7 +299,7 @@ class ChatTemplate:
                     message["role"] = "system"
         try:
             variables = {
-                "tools": list(prompt.tools) or None,
+                "tools": list(prompt.tools) or self.without_tools,
                 "documents": None,
                 **self.tokens,
                 **(self.functions(prompt.tools) if "functools[" in (self.source or "") else {}),
@@ -308,6 +314,15 @@ class ChatTemplate:
             raise
         except Exception as error:
             raise Refused(f"The model's chat template cannot render these messages: {one_line(error)}", "messages") from None
+
+    @functools.cached_property
+    def without_tools(self) -> list[Any] | None:
+        """What `tools` is where there are none: some templates go through the list without asking whether it is one."""
+        for nothing in (None, []):
+            with contextlib.suppress(Exception):
+                self.template.render(messages=[USER], tools=nothing, documents=None, **self.tokens, add_generation_prompt=True)
+                return nothing
+        return None
 
     @staticmethod
     def functions(tools: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -497,7 +512,8 @@ class Probe:
                 begin = begin if begin not in plain else ""
             if begin:
                 return begin, end
-        return next((pair for pair in THINKING if pair[1] in source), ("", ""))
+        shown = next((pair for pair in THINKING if pair[1] in source), ("", ""))
+        return next((pair for sign, pair in SILENT_THINKING.items() if sign in source), shown)
 
     def header(self, text: str, think: tuple[str, str]) -> str:
         """What stands before an assistant's words, as far as `text` begins with it."""

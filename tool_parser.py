@@ -14,8 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tool_syntax import CHANNEL_FRAMES, CHANNEL_MARKS, Syntax
+from tool_syntax import CHANNEL_FRAMES, CHANNEL_MARKS, CHANNEL_NAMES, Syntax
 from tool_values import KEYS, NAME, Fences, Leaves, Part, Steps, Stops, escaped, stops
+
+
+SPECIAL = re.compile(r"<\|.*\|>")  # so a special token looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +134,10 @@ class Calls(Fences):
         form = self.syntax.form
         if ahead == "{":
             yield from self.json_call()
-        elif form == "pythonic" or (self.bare and ahead):
-            yield from self.python_call()
         elif form in ("named", "tagged", "elements", "channels") and opener and opener == self.openers[-1]:
             yield from self.named_call()
+        elif form == "pythonic" or (self.bare and ahead):
+            yield from self.python_call()
         else:
             raise Leaves
 
@@ -154,7 +157,7 @@ class Calls(Fences):
             if not syntax.name_keys and key in self.tools:
                 name, begun = key, True
                 yield from self.arguments(name)
-            elif key in (syntax.name_keys or ("name",)) and not name:
+            elif not name and (yield from self.names(key)):
                 name = yield from self.string()
                 if name not in self.tools:
                     raise Leaves
@@ -178,6 +181,10 @@ class Calls(Fences):
                 raise Leaves
             self.begin(name)
             self.put(arguments if arguments.startswith("{") else "{}")
+
+    def names(self, key: str) -> Steps:
+        """Is the value of this key the name? Some models write {"type": "function", "function": NAME, …}."""
+        return key in (self.syntax.name_keys or ("name",)) or (key == "function" and (yield from self.peek()) in ('"', "'"))
 
     def arguments(self, name: str) -> Steps:
         """JSON arguments; some models write them as a string with JSON in it, some write null."""
@@ -313,18 +320,31 @@ class Parser(Calls):
         yield from self.content()
 
     def think(self) -> Steps:
-        """Reasoning, up to its end. Calls in it count only where nothing follows them: a model may think about calling."""
+        """Reasoning, up to its end. Calls in it count where it begins with them, there being none, and where nothing follows
+        them: else the model thinks about calling."""
         self.reasoning = True
-        end = self.syntax.think[1]
+        ends = (self.syntax.think[1], *(mark for mark in self.syntax.drops if SPECIAL.fullmatch(mark)))
         yield from self.space()
         yield from self.take(self.syntax.think[:1])  # the prompt has begun it, and so does the model
         yield from self.space()
-        while hit := (yield from self.flow("reasoning", (end, *self.openers))):
-            if hit == end:
-                break
-            yield from self.calls_in_reasoning(hit)
+        if not (yield from self.calls_at_once()):
+            while hit := (yield from self.flow("reasoning", (*ends, *self.openers))):
+                if hit in ends:
+                    break
+                yield from self.calls_in_reasoning(hit)
         self.reasoning = False
         self.fresh = "after"
+
+    def calls_at_once(self) -> Steps:
+        """Calls in the place of reasoning. True where there were some; else nothing has been read."""
+        start = self.mark = self.at
+        found = False
+        if (yield from self.take(self.openers)):
+            self.at, self.reasoning = start, False
+            found = yield from self.some_calls()
+            self.at = self.at if found else start
+        self.mark, self.reasoning = None, not found
+        return found
 
     def calls_in_reasoning(self, opener: str) -> Steps:
         """Read for a trial: others see a piece of them only once it is known that nothing follows."""
@@ -370,18 +390,20 @@ class Parser(Calls):
 
     def longer(self, found: Stops, hit: re.Match[str]) -> bool:
         """May what was met become a longer literal?"""
-        return hit.end() == len(self.text) and hit.group() in found.begun
+        return hit.group() in found.begun and self.text[hit.start() :] in found.begun
 
     def content(self) -> Steps:
-        drops = self.syntax.drops
+        drops, begin = self.syntax.drops, self.syntax.think[0] if self.syntax.rethinks else ""
         while True:
             if self.fresh:
                 again = yield from self.opening()
                 if again:
                     continue
-            hit = yield from self.flow("content", (*self.openers, *drops))
+            hit = yield from self.flow("content", (*self.openers, *drops, begin))
             if not hit:
                 return
+            if hit == begin:
+                yield from self.think()
             if hit in self.openers:
                 opened = self.at
                 self.mark = self.at = opened - len(hit)
@@ -439,11 +461,11 @@ class Parser(Calls):
     def functionary(self) -> Steps:
         """`all` or a name on a line of its own, then content or arguments; `>>>` begins the next."""
         yield from self.take((">>>",))
+        turn = ""
         while True:
             self.mark = self.at
-            try:
-                name = (yield from self.upto("\n")).strip()
-            except Leaves:
+            name = yield from self.match(NAME)
+            if not (yield from self.take(("\n",))):
                 name = ""
             if name in self.tools:
                 try:
@@ -454,10 +476,12 @@ class Parser(Calls):
                 yield from self.space()
             elif name != "all":
                 self.at = self.mark
+                self.emit("content", turn)
             self.mark = None
             self.fresh = ""
             if not (yield from self.flow("content", (">>>",))):
                 return
+            turn = f"{self.held}>>>"
 
     def function_arguments(self, name: str) -> Steps:
         yield from self.space()
@@ -490,7 +514,7 @@ class Parser(Calls):
             yield from self.space()
             if not (yield from self.peek()):
                 self.at = self.mark
-            begins = yield from self.take((*heads, "to=", "assistant"))
+            begins = (yield from self.take((*heads, "to=", "assistant"))) or (yield from self.bare_channel())
             name = kind = ""
             if begins:
                 self.at = self.mark
@@ -510,15 +534,21 @@ class Parser(Calls):
                 return
             self.reasoning = False
 
+    def bare_channel(self) -> Steps:
+        """A header whose first mark is left out: the prompt may end in it, and some models forget it."""
+        word = yield from self.take(CHANNEL_NAMES)
+        return bool(word) and bool(
+            (yield from self.take(("<|message|>", "<|constrain|>", " <|constrain|>", " to=", "<|channel|>")))
+        )
+
     def addressed(self, header: str) -> tuple[str, str]:
         """(the tool that is called, or ""; the kind of text that follows)."""
         to = re.search(r"to=([^\s<]+)", header)
         name = to.group(1).removeprefix("functions.") if to else ""
         if name in self.tools:
             return name, "content"
-        channel = re.search(r"<\|channel\|>\s*([a-z]+)", header)
-        kinds = dict(self.syntax.kinds)
-        return "", kinds.get(channel.group(1) if channel else name, "content")
+        channels = re.findall(rf"(?<![\w.=])(?:{'|'.join(CHANNEL_NAMES)})(?!\w)", header)
+        return "", dict(self.syntax.kinds).get(channels[-1] if channels else name, "content")
 
     def channel_call(self, name: str) -> Steps:
         start, before = self.at, self.calls

@@ -37,6 +37,7 @@ class Syntax:
     cdata: bool = False  # a value may be <![CDATA[…]]>
     quote: str = ""  # around strings, where it is not "
     drops: tuple[str, ...] = ()  # marks around content, which are no part of it
+    rethinks: bool = False  # reasoning may begin again within content
     signs: tuple[str, ...] = ()  # what all stands in the source of a template that has this syntax
     kinds: tuple[tuple[str, str], ...] = ()  # of form channels: a channel's name → "reasoning" | "content"
     text_arguments: bool = False  # the template wants arguments of past calls as JSON text, not as an object
@@ -52,6 +53,7 @@ CHANNEL_MARKS = {
     "harmony": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"),
     "muse": ("<|start|>", "<|message|>", "<|eom|>", "<|eot|>"),
 }
+CHANNEL_NAMES = ("analysis", "commentary", "final")
 CHANNEL_FRAMES = {  # what begins reasoning, what ends it, what begins content, and a call up to its name and from there on
     "harmony": (
         "<|channel|>analysis<|message|>",
@@ -104,6 +106,8 @@ KNOWN = {  # for --tool-syntax, and for templates whose source has all the signs
             closers=("<tool_call|>",),
             prefix="call:",
             quote='<|"|>',
+            drops=("<|channel>", "<channel|>"),
+            rethinks=True,
             signs=("<|tool_call>call:", '<|"|>'),
         ),
         Syntax(
@@ -237,6 +241,7 @@ KNOWN = {  # for --tool-syntax, and for templates whose source has all the signs
     )
 }
 THINKING = (  # marks around reasoning, for templates that render none; the first whose end stands in the source
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
@@ -245,3 +250,6 @@ THINKING = (  # marks around reasoning, for templates that render none; the firs
     ("<thought>", "</thought>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
 )
+SILENT_THINKING = {
+    "MiniMax-M1": ("<think>", "</think>")
+}  # a word of the source → marks that its model writes, and it does not show

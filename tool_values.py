@@ -48,6 +48,12 @@ def stops(literals: tuple[str, ...]) -> Stops:
     return Stops(re.compile(pattern), frozenset(one[0] for one in literals), begun, max(map(len, literals), default=1) - 1)
 
 
+@functools.lru_cache(256)
+def apart(literal: str) -> re.Pattern[str]:
+    """The literal, with any whitespace or none where two marks meet in it."""
+    return re.compile(r"\s*".join(map(re.escape, re.split(r"(?<=>)\s*(?=<)", literal))))
+
+
 SPACE = re.compile(r"\s*")
 NAME = re.compile(r"[A-Za-z0-9_.\-]*")
 SCALAR = re.compile(r"[^\s,:;\[\]{}()<>\"']*")
@@ -207,10 +213,11 @@ class Reader:
         return (yield from self.upto(tail)) if wild else ""
 
     def upto(self, literal: str) -> Steps:
+        """The text before a literal, past that. Raises Leaves where it does not come soon."""
         while True:
-            hit = self.text.find(literal, self.at)
-            if hit >= 0:
-                found, self.at = self.text[self.at : hit], hit + len(literal)
+            hit = apart(literal).search(self.text, self.at)
+            if hit:
+                found, self.at = self.text[self.at : hit.start()], hit.end()
                 return found
             if self.closed or len(self.text) - self.at > 300:
                 raise Leaves
@@ -431,27 +438,41 @@ class Fences(Values):
         if not (yield from self.take((syntax.key[0], *closers))) and not self.closed:
             raise Leaves
         self.at = start
-        self.begin(name)
-        self.release()
-        self.put("{")
-        first, mark = True, self.mark
+        first, mark, head = True, self.mark, "{"
         while True:
             yield from self.space()
             if not (yield from self.take(syntax.key[:1])):
                 break
-            head, wild, tail = syntax.key[1].partition("\0")
-            key = (yield from self.upto(head)).strip()
-            kind = (yield from self.upto(tail)) if wild else ""
-            self.put(("" if first else ", ") + json.dumps(key, ensure_ascii=False) + ": ")
-            first = False
+            try:
+                key, kind = yield from self.fenced_key()
+            except Leaves:
+                if first and self.was_cut:
+                    self.begin(name)
+                    self.put(head)
+                raise
+            if first:
+                self.begin(name)
+                self.release()
+                mark = self.mark
+            self.put(f"{head}{json.dumps(key, ensure_ascii=False)}: ")
+            first, head = False, ", "
             kinds = kinds_of(properties.get(key), root)
             if syntax.text_type and kind == syntax.text_type:
                 kinds = frozenset(("string",))
             yield from self.fenced_value(kinds)
+        if first:
+            self.begin(name)
+            self.put(head)
         if self.closed and self.at >= len(self.text) and self.was_cut:
             raise Leaves
         self.put("}")
         self.mark = mark
+
+    def fenced_key(self) -> Steps:
+        """(the key, what is said of its value's type)."""
+        head, wild, tail = self.syntax.key[1].partition("\0")
+        key = (yield from self.upto(head)).strip()
+        return key, (yield from self.upto(tail)) if wild else ""
 
     def fenced_value(self, kinds: frozenset[str] | None) -> Steps:
         syntax = self.syntax

@@ -224,12 +224,20 @@ SAID = [  # syntax, text, parts
     ("harmony", "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Hi", [["reasoning", "Hm"], ["content", "Hi"]]),
     ("harmony", "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"a\": 1}<|call|>", [["call", "f"], ["arguments", '{"a": 1}']]),
     ("harmony", "no channel at all", [["content", "no channel at all"]]),
+    ("harmony", "final answer", [["content", "final answer"]]),
+    ("harmony", "analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Hi", [["reasoning", "Hm"], ["content", "Hi"]]),
+    ("harmony", "<|channel|>analysis<|message|>Hm<|channel|>final<|message|>Hi", [["reasoning", "Hm"], ["content", "Hi"]]),
+    ("harmony", 'commentary to=functions.f <|constrain|>json<|message|>{"a": 1}', [["call", "f"], ["arguments", '{"a": 1}']]),
+    ("harmony", "<|channel|>commentary to=assistant<|channel|>analysis<|message|>Hm", [["reasoning", "Hm"]]),
+    ("gemma", "<|channel><|channel>thought\n<channel|>Hi<|channel>thought\nHm<channel|><channel|>", [["content", "Hi"], ["reasoning", "Hm"]]),
     ("gemma", '<|tool_call>call:f{a:<|"|>x"y<|"|>,b:[1,true]}<tool_call|>', [["call", "f"], ["arguments", '{"a": "x\\"y", "b": [1, true]}']]),
     ("pythonic", "[f(a='x', b={'k': None}), f()]", [["call", "f"], ["arguments", '{"a": "x", "b": {"k": null}}'], ["call", "f"], ["arguments", "{}"]]),
     ("pythonic", "[link](url)", [["content", "[link](url)"]]),
     ("llama3", '{"name": "f", "parameters": {"a": 1}}', [["call", "f"], ["arguments", '{"a": 1}']]),
+    ("llama3", '{"type": "function", "function": "f", "parameters": {"a": 1}}', [["call", "f"], ["arguments", '{"a": 1}']]),
     ("llama3", '{"title": "f"}', [["content", '{"title": "f"}']]),
     ("functionary", 'all\nHi\n>>>f\n{"a": 1}', [["content", "Hi"], ["call", "f"], ["arguments", '{"a": 1}']]),
+    ("functionary", "all\nwrite >>> to quote", [["content", "write >>> to quote"]]),
     ("functionary", "f\nprint(1)", [["call", "f"], ["arguments", '{"code": "print(1)"}']]),
     ("mistral-args", '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]f{}', [["call", "f"], ["arguments", '{"a": 1}'], ["call", "f"], ["arguments", "{}"]]),
     ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', [["call", "f"], ["arguments", '{"a": 1}']]),
@@ -251,6 +259,43 @@ def test_calls_within_reasoning():
     assert calls_of(parse(HERMES, thought, {"f": None}, inside=True)[0]) == [("f", {"a": "}<"})]
     parts, whole = parse(HERMES, f"{thought} no</think>Hi", {"f": None}, inside=True)
     assert parts == [["reasoning", f"{thought} no"], ["content", "Hi"]] and not whole
+
+
+def test_reasoning_that_does_not_come():
+    """The prompt has begun it, and the model calls or answers at once."""
+    said = f"{CALL}\n\nDone"
+    parts, whole = parse(HERMES, said, {"f": None}, inside=True)
+    assert parts == [["call", "f"], ["arguments", '{"a": "}<"}'], ["content", "Done"]] and whole
+    assert parse(HERMES, "<tool_call> is a mark", {"f": None}, inside=True)[0] == [["reasoning", "<tool_call> is a mark"]]
+    assert parse(KNOWN["kimi-k3"], "<|open|>response<|sep|>Hi<|close|>response<|sep|>", {}, inside=True)[0] == [
+        ["content", "Hi"]
+    ]
+
+
+def test_whitespace_between_marks_is_free(templates):
+    """Whichever way the template has it."""
+    for name in ("GLM-4.6", "GLM-4.7-Flash", "inclusionai-ling-3.0-flash"):
+        for gap in ("", "\n"):
+            said = f"<tool_call>f{gap}<arg_key>a</arg_key>{gap}<arg_value>1</arg_value>{gap}</tool_call>"
+            assert calls_of(parse(templates[name].syntax, said, {"f": None})[0]) == [("f", {"a": 1})], (name, gap)
+    said = "<tool_call>f<arg_key>"
+    parser = Parser(templates["GLM-4.6"].syntax, {"f": None})
+    assert "".join(part.text for part in parser.feed(said) + parser.finish()) == said  # its key never comes
+    parser = Parser(templates["GLM-4.6"].syntax, {"f": None})
+    assert [part.text for part in parser.feed(said) + parser.finish(True)] == ["f", "{"]
+
+
+def test_reasoning_that_no_template_shows(templates):
+    for name, think in (
+        ("unsloth-Apriel-1.5", ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")),
+        ("MiniMax-M1", ("<think>", "</think>")),
+    ):
+        assert templates[name].syntax.think == think
+
+
+def test_a_template_for_tools_renders_without_them(templates):
+    for name, template in templates.items():
+        assert "Hello" in template.prepare(Prompt(({"role": "user", "content": "Hello"},)), Sampling()).text, name
 
 
 def test_types_of_values():

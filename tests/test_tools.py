@@ -227,6 +227,12 @@ def test_reasoning_effort_is_the_templates_switch(served, plain):
     assert (status, reply["error"]["param"]) == (400, "reasoning_effort")
 
 
+def test_thinking_without_a_switch_is_refused_but_for_what_it_does_anyway(plain):
+    assert ask(plain, "Hello", chat_template_kwargs={"enable_thinking": False})[0] == 200
+    status, reply = ask(plain, "Hello", chat_template_kwargs={"enable_thinking": True})
+    assert (status, reply["error"]["param"]) == (400, "chat_template_kwargs") and "enable_thinking" in reply["error"]["message"]
+
+
 @pytest.mark.parametrize("name", ["thinking_budget", "reasoning_budget_tokens", "thinking_token_budget"])
 def test_a_budget_of_reasoning(served, name):
     """The sequence starts again with what there is and the closing mark."""
