@@ -17,7 +17,6 @@ from typing import Any
 from tool_syntax import CHANNEL_FRAMES, CHANNEL_MARKS, CHANNEL_NAMES, Syntax
 from tool_values import KEYS, NAME, Fences, Leaves, Part, Steps, Stops, escaped, stops
 
-
 SPECIAL = re.compile(r"<\|.*\|>")  # so a special token looks
 
 
