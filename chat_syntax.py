@@ -19,7 +19,7 @@ from typing import Any
 
 from constraints import Unsupported
 from engine import Prompt, Refused, Sampling, log, one_line
-from tool_grammar import after_reasoning, behind, calls_grammar, written
+from tool_grammar import after_reasoning, behind, calls_grammar, either, written
 from tool_parser import Chat, Parser
 from tool_syntax import CHANNEL_FRAMES, KNOWN, SILENT_THINKING, THINKING, Syntax
 
@@ -154,8 +154,10 @@ class ChatTemplate:
         text = self.render_tools(prompt)
         parameters = {t["function"]["name"]: t["function"].get("parameters") for t in tools}
         forced = bool(tools) and prompt.tool_choice == "required"
-        grammar, neutral = sampling.grammar, False
-        if tools and grammar is None:
+        grammar, neutral, content = sampling.grammar, False, sampling.grammar is not None
+        if tools and grammar is not None:
+            grammar, content = self.or_calls(grammar, tools, prompt)
+        elif tools:
             try:
                 grammar, neutral = calls_grammar(syntax, tools, prompt.callable if forced else None, forced, prompt.parallel)
             except Unsupported as error:
@@ -165,9 +167,7 @@ class ChatTemplate:
         inside = self.inside(prompt, text)
         if inside and (sampling.thinking_budget == 0 or prompt.lenient and prompt.effort == "none"):
             text, inside = f"{text}{syntax.think[1]}\n\n", False
-        whole, grammar = self.with_reasoning(
-            grammar, sampling.grammar is not None, neutral, inside, self.may_think(prompt, text)
-        )
+        whole, grammar = self.with_reasoning(grammar, content, neutral, inside, self.may_think(prompt, text))
         parsed = bool(tools or syntax.think[1] or syntax.form in ("channels", "functionary"))
         return Chat(
             text,
@@ -179,6 +179,17 @@ class ChatTemplate:
             whole,
             optional=sampling.grammar is None and not forced,
         )
+
+    def or_calls(self, grammar: str, tools: Sequence[dict[str, Any]], prompt: Prompt) -> tuple[str, bool]:
+        """(the grammar of content or of calls in its place, where this syntax can write them; whether it is of content alone)."""
+        try:
+            calls, neutral = calls_grammar(self.syntax, tools, prompt.callable, True, prompt.parallel)
+        except Unsupported:  # they are not promised anything here
+            return grammar, True
+        if calls is None or neutral:
+            return grammar, True
+        channels = self.syntax.form == "channels"
+        return either(behind(CHANNEL_FRAMES[self.syntax.name][2], grammar) if channels else grammar, calls), not channels
 
     def with_reasoning(
         self, grammar: str | None, content: bool, neutral: bool, inside: bool, may_think: bool
@@ -318,6 +329,7 @@ class ChatTemplate:
     @functools.cached_property
     def without_tools(self) -> list[Any] | None:
         """What `tools` is where there are none: some templates go through the list without asking whether it is one."""
+        nothing: list[Any] | None
         for nothing in (None, []):
             with contextlib.suppress(Exception):
                 self.template.render(messages=[USER], tools=nothing, documents=None, **self.tokens, add_generation_prompt=True)

@@ -163,8 +163,13 @@ class Jobs:
             self.drop(loser)
             loser.put(QueueFull())
 
-    def syntax(self) -> dict[str, Any]:
-        """What the workshop has found of tool calls and reasoning in the template; {}: it has not looked, or there is none."""
+    def syntax(self, wait: float = 0.0) -> dict[str, Any]:
+        """What the workshop has found of tool calls and reasoning in the template; {}: it has not looked, or there is none.
+
+        `wait`: seconds that it may take for its first look.
+        """
+        if wait and self.workshop.setup is not None:
+            self.workshop.looked.wait(wait)
         learnt = self.workshop.learnt
         found: dict[str, Any] = json.loads(learnt[1:] or b"{}") if learnt[:1] == b"+" else {}
         return found

@@ -247,8 +247,9 @@ class Handler(Connection):
     def check_profile(self, values: dict[str, Any]) -> None:
         """What the profile asks of every request."""
         profile = self.server.profile
+        roles = {*profile.roles, *(("tool",) if values.get("tools") or values.get("functions") else ())}  # results come back
         for i, message in enumerate(values.get("messages", ())):
-            if message["role"] not in profile.roles:
+            if message["role"] not in roles:
                 where = f"messages[{i}].role"
                 raise ApiError(400, f"'{where}' must be one of {', '.join(profile.roles)} (--roles).", where)
         for name in ("max_tokens", "max_completion_tokens"):
@@ -616,7 +617,7 @@ class Routes(Handler):
     def get_capabilities(self) -> None:
         models, model = self.server.models, self.queried_model()
         life = models.lives.get(model.id)
-        syntax = life.engine.syntax() if life and life.engine else {}
+        syntax = life.engine.syntax(LOOK_S) if life and life.engine else {}
         found = {"template": syntax} if syntax else {}  # known once the model is loaded
         self.reply(200, capabilities(models.backend(model), TABLES) | found)
 
@@ -1256,6 +1257,9 @@ def tls_of(args: argparse.Namespace) -> ssl.SSLContext | None:
         raise UsageError(f"--ssl-certfile {files}: {error.strerror or error}") from None
 
 
+LOOK_S = 5.0  # seconds that the first look at a chat template may take, for who asks what was found in it
+
+
 def banner(server: Server, engine: AnyEngine) -> str:
     info = engine.info
     assert info is not None
@@ -1265,7 +1269,7 @@ def banner(server: Server, engine: AnyEngine) -> str:
     placed = f", {info.placement}" if info.placement else ""
     return f"""
   {name}
-  {info.library}{inside}, {info.slots} slots{cache}{placed}{template_line(engine.syntax())}
+  {info.library}{inside}, {info.slots} slots{cache}{placed}{template_line(engine.syntax(LOOK_S))}
 {listening(server)}"""
 
 
@@ -1277,6 +1281,7 @@ def template_line(syntax: dict[str, Any]) -> str:
     reasoning = syntax["reasoning"]
     reasons = " … ".join(reasoning) if isinstance(reasoning, list) else reasoning or "none"
     switch = f", switch {syntax['thinking_switch']}" if syntax["thinking_switch"] else ""
+    switch += f", efforts {', '.join(syntax['reasoning_efforts'])}" if syntax["reasoning_efforts"] else ""
     return f"\n  tool calls: {calls}; reasoning: {reasons}{switch}"
 
 
@@ -1381,7 +1386,8 @@ class Service:
             shown.close()
         if not self.greeted:
             self.greeted = True
-            print(banner(self.server, engine), flush=True)
+            greet = threading.Thread(target=lambda: print(banner(self.server, engine), flush=True), name="banner", daemon=True)
+            greet.start()  # the look at the template may take a moment, and this thread is the engine's reader
 
     def progress(self, life: Life) -> None:
         """From an engine's reader thread."""

@@ -159,6 +159,12 @@ def behind(opening: str, grammar: str) -> str:
     return rules.text(joined(quoted(opening), own))
 
 
+def either(one: str, other: str) -> str:
+    """What one of two grammars allows."""
+    rules = Rules()
+    return rules.text(rules.one_of([rules.include(one), rules.include(other)]))
+
+
 def after_reasoning(grammar: str, begin: str, end: str, inside: bool) -> str:
     """The same grammar with free reasoning in front: up to its end mark where it is open, else between its marks or none at all."""
     rules = Rules()

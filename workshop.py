@@ -67,6 +67,7 @@ class Workshop:
         self.work, self.seconds = work, seconds
         self.setup: bytes | None = None  # an order that each new process gets first
         self.learnt = b""  # its answer
+        self.looked = threading.Event()  # there is one, or there will be none
         self.broken: Failed | None = None  # it had none: until `again`, no order that needs it is begun
         self.again = 0.0
         self.child: Child | None = None
@@ -92,7 +93,7 @@ class Workshop:
 
     def warm(self) -> None:
         """Be there before the first request."""
-        self.put(Order("", bytes, lambda _: None, lambda *_: None, setup=True))
+        self.put(Order("", bytes, lambda _: self.looked.set(), lambda *_: self.looked.set(), setup=True))
 
     def drop(self, order: Order) -> None:
         """Its client has gone. Neither `done` nor `failed` matters any more."""

@@ -6,12 +6,14 @@ import json
 import operator
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 QUESTION = sys.argv[1] if len(sys.argv) > 1 else "What is 17 * 23, and which files are here?"
 URL = sys.argv[2] if len(sys.argv) > 2 else "http://localhost:8000"
+ROUNDS = 8  # of calls, then it is ended: a small model may call for ever
 OPERATORS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -55,8 +57,13 @@ TOOLS = [
 def ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
     body = json.dumps({"messages": messages, "tools": TOOLS, "max_tokens": 1000}).encode()
     request = urllib.request.Request(f"{URL}/v1/chat/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as reply:
-        message: dict[str, Any] = json.load(reply)["choices"][0]["message"]
+    try:
+        with urllib.request.urlopen(request) as reply:
+            message: dict[str, Any] = json.load(reply)["choices"][0]["message"]
+    except urllib.error.HTTPError as error:  # say, the conversation has become too long
+        sys.exit(json.load(error)["error"]["message"])
+    except OSError as error:
+        sys.exit(f"{URL}: {error}")
     return message
 
 
@@ -64,19 +71,21 @@ def answer(call: dict[str, Any]) -> str:
     """A tool's result, or what went wrong: the model is told either way."""
     function = call["function"]
     try:
-        return json.dumps(RUN[function["name"]](**json.loads(function["arguments"])))
+        return json.dumps(RUN[function["name"]](**json.loads(function["arguments"])))[:2000]
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
-for _ in range(8):
+for _ in range(ROUNDS):
     message = ask(messages)
     messages.append(message)
     if not message.get("tool_calls"):
-        print(message["content"])
+        print(message["content"] or "(it said nothing)")
         break
     for call in message["tool_calls"]:
         result = answer(call)
         print(f"  {call['function']['name']}({call['function']['arguments']}) -> {result}")
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+else:
+    sys.exit(f"no answer after {ROUNDS} rounds of calls")

@@ -39,6 +39,12 @@ const response = await new OpenAI({ baseURL: base, apiKey: 'any' }).responses
   .stream({ model: 'm', input: 'Hi', tools: [{ type: 'function', name: 'f', parameters: schema, strict: true }] })
   .finalResponse()
 say('openai', response.output.map((item) => item.type), response.output.at(-1).arguments)
+script(call, 'It is 7.')
+const runner = new OpenAI({ baseURL: base, apiKey: 'any' }).chat.completions.runTools({
+  model: 'm', messages: [{ role: 'user', content: 'Hi' }], stream: true,
+  tools: [{ type: 'function', function: { name: 'f', description: 'd', parameters: schema, parse: JSON.parse, function: ({ a }) => `${a + 6}` } }],
+})
+say('openai', 'runTools', await runner.finalContent(), runner.messages.map((one) => one.role))
 script(call)
 const message = await new Anthropic({ baseURL: base.replace('/v1', ''), apiKey: 'any' }).messages
   .stream({ model: 'm', max_tokens: 200, messages: [{ role: 'user', content: 'Hi' }], tools: [{ name: 'f', input_schema: schema }] })

@@ -326,5 +326,7 @@ def test_javascript(served, tmp_path):
     expected = []
     for name in ("openai", "open-responses", "anthropic"):
         expected += [[name, "plain", "It is 7.", 2, "7"], [name, "streamed", "It is 7.", 2]]
-    expected += [["openai", ["reasoning", "function_call"], '{"a": 1}'], ["anthropic", ["thinking", "tool_use"], {"a": 1}]]
+    expected += [["openai", ["reasoning", "function_call"], '{"a": 1}']]
+    expected += [["openai", "runTools", "It is 7.", ["user", "assistant", "tool", "assistant"]]]
+    expected += [["anthropic", ["thinking", "tool_use"], {"a": 1}]]
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected

@@ -4,6 +4,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
+import openai
+import pydantic
 import pytest
 from conftest import serve_one, sse
 
@@ -121,3 +123,87 @@ def test_a_loop(engine):
     assert status == 200 and reply["choices"][0]["message"]["content"]
     _, prompt, _ = engine.request("POST", "/apply-template", {"messages": messages, "tools": TOOLS})
     assert '"name": "add"' in prompt["prompt"] and "get_weather" in prompt["prompt"]
+
+
+class Add(pydantic.BaseModel):
+    """Adds two integers"""
+
+    a: int
+    b: int
+
+
+def test_the_sdks_tool_helpers(engine):
+    """A model class becomes a tool, and its call an object of it; plain and streamed."""
+    sdk = openai.OpenAI(base_url=f"{engine.url}/v1", api_key="any", max_retries=0)
+    tool = openai.pydantic_function_tool(Add)
+    asked = {
+        "model": "m", "messages": [{"role": "user", "content": "What is 2 plus 3?"}], "tools": [tool], "max_tokens": 100,
+        "temperature": 0, "tool_choice": {"type": "function", "function": {"name": "Add"}},
+    }  # fmt: skip
+    reply = sdk.chat.completions.parse(**asked)
+    with sdk.chat.completions.stream(**asked) as stream:
+        kinds = {event.type for event in stream}
+        streamed = stream.get_final_completion()
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    for completion in (reply, streamed):
+        (call,) = completion.choices[0].message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Add)
+
+
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}BEGIN
+{{ m.reasoning_content }}
+END
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is not defined or enable_thinking %}BEGIN
+{% else %}BEGIN
+
+END
+
+{% endif %}{% endif %}"""
+MARKS = {"text": ("<think>", "</think>"), "special tokens": ("<jupyter_start>", "<jupyter_text>")}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 10}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module", params=MARKS)
+def thinker(request, engine, demo):
+    """The demo model with a template that has it reason: its marks are text, or special tokens, which no grammar may see."""
+    begin, end = MARKS[request.param]
+    spec = engine.models.engine.spec
+    template = THINKS.replace("BEGIN", begin).replace("END", end)
+    with serve_one(
+        demo, EngineSpec(spec.backend, spec.path, 4, 0, 8192, chat_template=template, tool_syntax="hermes")
+    ) as served:
+        served.think = [begin, end]
+        yield served
+
+
+def test_reasoning_that_is_ended(thinker):
+    """After its budget; what follows keeps what was promised of it, in a reply and in a stream."""
+    assert thinker.request("GET", "/v1/capabilities")[1]["template"]["reasoning"] == thinker.think
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    for promised in ({}, {"response_format": form}, {"tools": TOOLS, "tool_choice": CASES["named"]["tool_choice"]}):
+        body = {"max_tokens": 120, "seed": 3, "temperature": 0.8, "thinking_budget": 12, **promised}
+        status, reply, _ = thinker.chat("Who is Ann, and what is 2 + 3?", **body)
+        assert status == 200, reply
+        choice, usage = reply["choices"][0], reply["usage"]
+        message, reasoned = choice["message"], usage["completion_tokens_details"]["reasoning_tokens"]
+        assert message["reasoning_content"] and 0 < reasoned <= 12 and message["content"] is None or message["content"]
+        assert not any(mark in (message["content"] or "") + message["reasoning_content"] for mark in thinker.think)
+        if "response_format" in promised and choice["finish_reason"] == "stop":
+            jsonschema.validate(json.loads(message["content"]), PERSON)
+        if "tools" in promised and choice["finish_reason"] == "tool_calls":
+            jsonschema.validate(json.loads(message["tool_calls"][0]["function"]["arguments"]), SCHEMAS["add"])
+        assert choice["finish_reason"] in ("stop", "tool_calls") or not promised
+        deltas = [c["delta"] for e in thinker.stream("Who is Ann, and what is 2 + 3?", **body) for c in e["choices"]]
+        assert "".join(d.get("reasoning_content", "") for d in deltas)
+        assert bool([d for d in deltas if d.get("tool_calls")]) == ("tools" in promised)
+    off = thinker.chat("Hi", chat_template_kwargs={"enable_thinking": False}, max_tokens=5)[1]["choices"][0]["message"]
+    assert "reasoning_content" not in off and off["content"]

@@ -7,7 +7,7 @@ import pytest
 
 from backends import lark_grammar
 from constraints import violation
-from tool_grammar import after_reasoning, calls_grammar
+from tool_grammar import after_reasoning, calls_grammar, either
 from tool_parser import Parser
 from tool_syntax import KNOWN, Syntax
 
@@ -138,3 +138,12 @@ def test_reasoning_in_front_is_free():
     ):
         matcher = llguidance.LLMatcher(letters, lark_grammar(after_reasoning(grammar, "<think>", "</think>", inside)))
         assert (matcher.validate_tokens(list(text.encode())) == len(text.encode())) == fits, (inside, text)
+
+
+def test_content_or_calls():
+    grammar = either('root ::= "{" [a-z]* "}"\n', calls_grammar(KNOWN["hermes"], TOOLS, None, True, True)[0])
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), lark_grammar(grammar))
+    call = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    for text, fits in (("{abc}", True), (call, True), ("abc", False), ("{abc}" + call, False)):
+        matcher.reset()
+        assert (matcher.validate_tokens(list(text.encode())) == len(text)) == fits, text

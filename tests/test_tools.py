@@ -33,10 +33,12 @@ def plain(tmp_path_factory):
     yield from serve(tmp_path_factory.mktemp("plain"), PLAIN)
 
 
-def serve(folder, template, **spec):
+def serve(folder, template, profile=None, **spec):
     (folder / "script.json").write_text('{"says": ["hi"]}')
     model = model_init.Model("scripted", folder, "gguf", 1234)
-    with serve_one(model, EngineSpec("scripted_chat:ScriptedChat", str(folder), 4, chat_template=template, **spec)) as served:
+    with serve_one(
+        model, EngineSpec("scripted_chat:ScriptedChat", str(folder), 4, chat_template=template, **spec), profile=profile
+    ) as served:
         served.folder = folder
         yield served
 
@@ -260,6 +262,21 @@ def test_a_constraint_begins_after_reasoning(served):
     assert message["content"] == '{"a": 1}' and len(starts(served)) == 2
 
 
+@pytest.mark.parametrize("names", [{"f", "g"}, {"g"}])
+def test_a_constraint_of_content_leaves_room_for_calls(served, names):
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": name}} for name in names]}
+    form = {
+        "response_format": {"type": "json_object"},
+        "tools": TOOLS,
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
+    }
+    called = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    assert calls_of(ask(served, called, **form)[1]["message"]) == [("g", {})]
+    assert {name for name in "fg" if f'\\"name\\": \\"{name}\\"' in starts(served)[0][1]} == names
+    choice = ask(served, '{"a": 1}', **form)[1]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('{"a": 1}', "stop")
+
+
 # ── the history ──
 
 
@@ -280,6 +297,17 @@ def test_the_history_goes_back_as_it_came(served):
         assert status == 200
         assert reply.get("prompt", prompt) == prompt and reply.get("count", len(prompt)) == len(prompt)
     assert served.chat("Hi", tools=TOOLS, return_prompt=True)[1]["debug"]["prompts"][0]["prompt"].startswith("Tools:")
+
+
+def test_results_come_back_in_every_profile(tmp_path):
+    for name, profile in model_init.PROFILES.items():
+        for served in serve(tmp_path, TEMPLATE, profile=profile):
+            messages = [{"role": "user", "content": "Hi"}, past(), RESULT]
+            asked = {"model": "scripted", "messages": messages, "tools": TOOLS, "stream": False}
+            status, choice, _ = ask(served, CALL, **asked)
+            assert (status, calls_of(choice["message"]), choice["finish_reason"]) == (200, [("f", {"a": 1})], "tool_calls"), (
+                name
+            )
 
 
 def past(id="c1", arguments="{}"):
