@@ -465,8 +465,8 @@ class Choice:
 
     def take(self, step: Step, backend: Backend) -> list[Delta]:
         """At least one delta; several where the text is of several kinds."""
-        sampling, parser = self.request.sampling, self.parser
-        finish, text = None, ""
+        sampling, parser, before = self.request.sampling, self.parser, self.taken
+        finish, text, inside = None, "", False
         self.made.extend(step.tokens)
         parts: list[Part] = []
         logprobs: list[TokenLogprob] = []
@@ -481,8 +481,9 @@ class Choice:
             data = self.request.view(token, backend) if parser else backend.piece(token, False)
             if step.logprobs:
                 logprobs.append(named(token, step.logprobs[i], backend, not ended and bool(data)))
-            inside = parser is not None and parser.reasoning
-            parts.append(Part("reasoning" if inside else "content", "", 1))
+            if parser:
+                inside = parser.reasoning
+                parts.append(Part("reasoning" if inside else "content", "", 1))
             if ended:
                 finish, piece = "stop" if token in self.request.eos else "cut", self.rest()
             else:
@@ -506,7 +507,10 @@ class Choice:
         if parser and finish:
             parts += parser.finish(finish != "stop")
             finish = self.called(finish)
-        return self.deltas(parts, text, finish, tuple(logprobs))
+        if parser:
+            return self.deltas(parts, text, finish, tuple(logprobs))
+        tokens = self.taken - before
+        return [Delta(self.index, text, tokens, finish, tuple(logprobs), time.monotonic(), stop=self.gate.hit)]
 
     def begin_again(self, parts: list[Part]) -> None:
         """What came is forgotten: it had no reasoning, and did not follow the grammar that comes after it."""
@@ -526,8 +530,6 @@ class Choice:
     def deltas(self, parts: list[Part], text: str, finish: str | None, logprobs: tuple[TokenLogprob, ...]) -> list[Delta]:
         """One for each run of one kind; the last has what ends it."""
         now = time.monotonic()
-        if not self.parser:
-            return [Delta(self.index, text, sum(part.tokens for part in parts), finish, logprobs, now, stop=self.gate.hit)]
         found: list[Delta] = []
         for kind, piece, tokens in (Part("content", text, 0), *parts):
             if found and (found[-1].kind == kind != "call" or not piece and kind == "content"):
