@@ -78,6 +78,12 @@ class Choice:
     def calls(self) -> list[Part]:
         return [part for part in self.parts if part.kind == "call"]
 
+    def record(self) -> dict[str, Any]:
+        """What --record keeps of it: all that is the same when the request is run again."""
+        calls = [{"name": part.name, "arguments": part.text} for part in self.calls]
+        more = {"reasoning": self.said("reasoning"), "tool_calls": calls}
+        return {"text": self.text, "finish_reason": self.finish} | {name: value for name, value in more.items() if value}
+
 
 @dataclass(slots=True)
 class Completion:

@@ -1061,7 +1061,7 @@ class Server(HttpServer):
         """--record: one line of JSON per answered request, enough for examples/replay.py to run it again."""
         if not self.record:
             return
-        answers = [{"text": choice.text, "finish_reason": choice.finish} for choice in completion.choices]
+        answers = [choice.record() for choice in completion.choices]
         line = {
             "time": completion.created,
             "request_id": request_id,

@@ -34,7 +34,14 @@ def ask(url: str, record: dict[str, Any]) -> dict[str, Any]:
 def texts(reply: dict[str, Any]) -> list[str]:
     if "error" in reply:
         return [reply["error"]]
-    return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in reply["choices"]]
+    return [choice["text"] if "text" in choice else said(choice["message"]) for choice in reply["choices"]]
+
+
+def said(answer: dict[str, Any]) -> str:
+    """All of an answer as text: of a record, or of a reply's message. A call's id is another one each time."""
+    calls = [call.get("function", call) for call in answer.get("tool_calls") or [answer.get("function_call")] if call]
+    told = [f"{call['name']}({call['arguments']})" for call in calls]
+    return "\n".join(filter(None, [answer.get("reasoning"), answer.get("text") or answer.get("content"), *told]))
 
 
 def compare(record: dict[str, Any], reply: dict[str, Any]) -> list[str]:
@@ -45,7 +52,7 @@ def compare(record: dict[str, Any], reply: dict[str, Any]) -> list[str]:
         out.append(f"  engine: {record['debug']['engine']} -> {debug['engine']}")
     if debug and debug["prompts"][0]["prompt_token_ids"] != record["debug"]["prompts"][0]["prompt_token_ids"]:
         out.append("  the prompt's tokens differ")
-    before = [choice["text"] for choice in record["choices"]]
+    before = [said(choice) for choice in record["choices"]]
     for i, (old, new) in enumerate(zip(before, texts(reply), strict=False)):
         if old != new:
             same = next((k for k, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))

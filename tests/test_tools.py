@@ -1,10 +1,12 @@
 """Tools and reasoning over HTTP: what a request may say of them, and what comes back. The model is a script."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import serve_one, sse
+from conftest import ROOT, serve_one, sse
 from scripted_chat import TEMPLATE
 
 import model_init
@@ -33,12 +35,11 @@ def plain(tmp_path_factory):
     yield from serve(tmp_path_factory.mktemp("plain"), PLAIN)
 
 
-def serve(folder, template, profile=None, **spec):
+def serve(folder, template, profile=None, record=None, **spec):
     (folder / "script.json").write_text('{"says": ["hi"]}')
     model = model_init.Model("scripted", folder, "gguf", 1234)
-    with serve_one(
-        model, EngineSpec("scripted_chat:ScriptedChat", str(folder), 4, chat_template=template, **spec), profile=profile
-    ) as served:
+    engine = EngineSpec("scripted_chat:ScriptedChat", str(folder), 4, chat_template=template, **spec)
+    with serve_one(model, engine, profile=profile, record=record) as served:
         served.folder = folder
         yield served
 
@@ -165,6 +166,22 @@ def test_the_older_spelling(served):
     assert deltas[0]["name"] == "f" and json.loads("".join(d["arguments"] for d in deltas)) == {"a": 1}
     ask(served, CALL, functions=[F], function_call={"name": "f"})
     assert starts(served)[0][1]
+
+
+def test_a_record_runs_again(tmp_path):
+    """With its calls and reasoning: examples/replay.py finds no difference, and one where there is one."""
+    record = tmp_path / "requests.jsonl"
+    for served in serve(tmp_path, TEMPLATE, record=str(record)):
+        ask(served, THOUGHT + CALL, tools=TOOLS)
+        ask(served, THOUGHT + CALL, functions=[F, G], stream=True)
+        for says, status, told in ((THOUGHT + CALL, 0, "2 requests, 0 differ"), (CALL, 1, "2 requests, 2 differ")):
+            (tmp_path / "script.json").write_text(json.dumps({"says": [says]}))
+            lines = record.read_text()
+            done = subprocess.run(
+                [sys.executable, ROOT / "examples/replay.py", record, served.url], capture_output=True, text=True
+            )
+            assert (done.returncode, done.stdout.splitlines()[-1]) == (status, told), done.stderr
+            record.write_text(lines)
 
 
 # ── what is forced ──
