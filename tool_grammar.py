@@ -132,9 +132,7 @@ def calls_grammar(
     """Forced: one call or, `parallel`, as many as there are tools (a small model would call for ever). Else, where a tool is strict: any text, and calls once one is begun. Raises Unsupported."""
     functions = [tool["function"] for tool in tools if names is None or tool["function"]["name"] in names]
     channels = syntax.form == "channels" and CHANNEL_FRAMES[syntax.name][3] is not None and forced
-    native = (
-        channels or syntax.form in FORMS and not syntax.quote and bool(syntax.before or syntax.bare or syntax.form in FORMS[3:])
-    )
+    native = channels or syntax.form in FORMS and bool(syntax.before or syntax.bare or syntax.form in FORMS[3:])
     if not forced and not (native and any(function.get("strict") for function in functions)):
         return CallsGrammar(None)
     form = spoken(syntax) if native else Syntax(form="json")

@@ -45,7 +45,7 @@ FENCES = Syntax(
     value_line=True,
 )
 SYNTAXES = {"fences": FENCES} | {
-    name: KNOWN[name] for name in ("hermes", "kimi", "mistral", "mistral-args", "lfm2", "llama3", "kimi-k3")
+    name: KNOWN[name] for name in ("hermes", "kimi", "mistral", "mistral-args", "lfm2", "llama3", "kimi-k3", "gemma")
 }
 
 
@@ -103,10 +103,13 @@ def test_one_call_where_one_is_named_or_parallel_is_off():
 
 
 def test_other_families_are_forced_as_bare_json():
-    grammar, neutral = calls_grammar(KNOWN["gemma"], TOOLS, None, True, True)
+    grammar, neutral = calls_grammar(KNOWN["minimax-m3"], TOOLS, None, True, True)
     assert neutral
-    calls, whole = calls_of(KNOWN["gemma"], sentence(grammar, 1), neutral=True)
+    calls, whole = calls_of(KNOWN["minimax-m3"], sentence(grammar, 1), neutral=True)
     assert calls and whole
+    mark = "]<]minimax[>["  # where the engine does not follow the grammar, what the model writes is still a call
+    own = f'{mark}<tool_call>{mark}<invoke name="f">{mark}<n>1{mark}</n>{mark}</invoke>{mark}</tool_call>'
+    assert calls_of(KNOWN["minimax-m3"], own, neutral=True) == ([("f", {"n": 1})], True)
 
 
 def test_a_strict_call_that_is_begun_is_constrained():
