@@ -200,9 +200,15 @@ def one_call(rules: Rules, syntax: Syntax, function: Mapping[str, Any], number: 
     return joined(quoted(head), arguments, quoted("}"))
 
 
+SAYS_NOTHING = frozenset(("type", "properties", "required", "title", "description", "$schema"))
+
+
 def parameters_of(function: Mapping[str, Any]) -> Any:
+    """The schema of what a model is to write: nothing, for a tool that names no properties and says no more of them."""
     schema = function.get("parameters")
-    return schema if schema else {"type": "object", "properties": {}, "additionalProperties": False}
+    if not schema or ("properties" in schema and not schema["properties"] and schema.keys() <= SAYS_NOTHING):
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return schema
 
 
 def properties_of(schema: Any) -> list[tuple[str, Any, bool]]:

@@ -150,3 +150,13 @@ def test_content_or_calls():
     for text, fits in (("{abc}", True), (call, True), ("abc", False), ("{abc}" + call, False)):
         matcher.reset()
         assert (matcher.validate_tokens(list(text.encode())) == len(text)) == fits, text
+
+
+def test_a_tool_without_parameters_is_called_with_none():
+    for parameters in ({}, {"type": "object", "properties": {}}, {"type": "object", "properties": {}, "title": "x"}):
+        tools = [{"type": "function", "function": {"name": "g", "parameters": parameters}}]
+        texts = {sentence(calls_grammar(KNOWN["llama3"], tools, None, True, False).text, seed) for seed in range(20)}
+        assert texts == {'{"name": "g", "parameters": {}}'}
+    free = [{"type": "function", "function": {"name": "g", "parameters": {"type": "object"}}}]
+    texts = {sentence(calls_grammar(KNOWN["llama3"], free, None, True, False).text, seed) for seed in range(20)}
+    assert len(texts - {None}) > 1
