@@ -939,6 +939,7 @@ class EngineLoop:
         own = replace(
             sampling,
             n=1,
+            grammar=request.chat.grammar if request.chat else None,  # what stood before it was for reasoning
             seed=(sampling.seed + choice.index) % (2**32 - 1),  # type: ignore[operator]
             max_tokens=(sampling.max_tokens or 0) - choice.taken,
             min_tokens=max(0, sampling.min_tokens - choice.taken),

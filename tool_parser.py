@@ -36,8 +36,10 @@ class Chat:
 
     @property
     def think_end(self) -> str:
+        """What is written to end reasoning. A grammar that follows has what begins content in it."""
         if self.syntax and self.syntax.form == "channels":
-            return "".join(CHANNEL_FRAMES[self.syntax.name][1:3])
+            _, end, opening, _ = CHANNEL_FRAMES[self.syntax.name]
+            return end if self.grammar else end + opening
         return self.syntax.think[1] if self.syntax else ""
 
     @property

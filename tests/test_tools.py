@@ -264,6 +264,15 @@ def test_a_budget_of_reasoning(served, name):
     assert starts(served)[0][0].endswith("<think>\n</think>\n\n")
 
 
+def test_a_budget_of_reasoning_and_a_constraint(served):
+    """What is started again follows the constraint alone: the reasoning in front of it has ended."""
+    form = {"response_format": {"type": "json_object"}, "chat_template_kwargs": {"enable_thinking": True}, "thinking_budget": 5}
+    message = ask(served, "On and on and on", '{"a": 1}', **form)[1]["message"]
+    assert (message["reasoning"], message["content"]) == ("On an", '{"a": 1}')
+    first, second = starts(served)
+    assert "<" in first[1] and second[1] and "<" not in second[1]
+
+
 def test_a_constraint_begins_after_reasoning(served):
     """In one grammar, or, where the marks are special tokens, at a new start."""
     form = {"response_format": {"type": "json_object"}, "chat_template_kwargs": {"enable_thinking": True}}
