@@ -37,8 +37,8 @@ from typing import Any
 log = logging.getLogger("openai_api_endpoint")
 PEER_CHECK_S = 0.05  # how often somebody looks whether a client that waits is still there
 LINGER_S = 2.0  # how long a refused body is read on, so that the client gets to read the refusal
-LINGERING = threading.Semaphore(32)  # connections that are read on so
-NOWHERE = bytearray(1 << 20)  # where to; nobody looks at it
+LINGER_RATE, ONE_LINGERS = 64 << 20, threading.Lock()  # bytes per second of all refused bodies: whoever sends them has time
+NOWHERE = bytearray(1 << 20)  # where they are read to; nobody looks at it
 LARGE, ONE_READS = 1 << 16, threading.Lock()  # bytes that are still to come of a large body; see Reader.piece
 SKIPPED = 1 << 20  # bytes of an unwanted body that are read over to keep the connection; a longer one ends it
 WRITE_S = 60.0  # for a client that reads nothing; it costs its own connection only
@@ -278,14 +278,21 @@ class Reader:
 
     def piece(self, most: int) -> bytes:
         """The same of a large body, one connection at a time: many that all want the interpreter keep the others from it."""
-        if self.held or most < LARGE or not hasattr(select, "poll") or isinstance(self.socket, ssl.SSLSocket):
+        if self.held or most < LARGE or isinstance(self.socket, ssl.SSLSocket):
             return self.some(most)
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
-        if not poller.poll(max(0.0, self.until - time.monotonic()) * 1000):
+        if not self.ready(self.until):
             raise TimeoutError
         with ONE_READS:
             return self.some(most)
+
+    def ready(self, until: float) -> bool:
+        """Wait for something to read, or for the end. False: nothing came until then."""
+        left = max(0.0, until - time.monotonic())
+        if not hasattr(select, "poll"):
+            return bool(select.select([self.socket], [], [], left)[0])
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        return bool(poller.poll(left * 1000))
 
     def wait(self, patience: float) -> bool:
         """For the first byte of a request. False: none came, or the client has left."""
@@ -551,18 +558,17 @@ class Connection(socketserver.BaseRequestHandler):
 
     def linger(self) -> None:
         """Closing while the client still writes would reset the connection, and the reply with it (RFC 9112, 9.6)."""
-        if not LINGERING.acquire(blocking=False):
-            return  # so many at once are an attack, or as good as one
+        until = time.monotonic() + LINGER_S
         try:
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER_S)
-            until, left = time.monotonic() + LINGER_S, 64 << 20
-            while left > 0 and time.monotonic() < until and (size := self.connection.recv_into(NOWHERE)):
-                left -= size
+            while time.monotonic() < until and self.reader.ready(until):
+                with ONE_LINGERS:  # all of them together no faster than LINGER_RATE
+                    self.connection.settimeout(LINGER_S)
+                    if not (size := self.connection.recv_into(NOWHERE)):
+                        break
+                    time.sleep(size / LINGER_RATE)
         except (OSError, ValueError):
             pass
-        finally:
-            LINGERING.release()
 
     def peer_gone(self) -> bool:
         """Has the client left? Pipelined requests are data, not an end.
