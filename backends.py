@@ -269,6 +269,7 @@ class OpenVino(OpenVinoModel):
         self.grammars.clear()
         self.prefixes = Prefixes()
         self.take_cache()
+        memory.give_back()  # the second cache grows where the first one lay, and leaves as much behind
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         if self.worn and not self.handles and not self.arriving:

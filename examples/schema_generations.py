@@ -40,15 +40,16 @@ class Run:
                 self.seen[found] += 1
                 asked = self.seen.total()
                 if asked % 50 == 0:
-                    print(f"{asked} schemas, {self.memory()}", flush=True)
+                    print(f"{asked} schemas, {self}", flush=True)
 
     def next(self) -> Any:
         with self.lock:
             return next(self.schemas, None)
 
-    def memory(self) -> str:
+    def __str__(self) -> str:
         server = self.soak.process.pid
-        return " + ".join(f"{resident_mb(pid):.0f}" for pid in [server, *children(server)]) + " MB"
+        memory = " + ".join(f"{resident_mb(pid):.0f}" for pid in [server, *children(server)])
+        return "; ".join([f"{memory} MB", *(f"{what}: {count}" for what, count in sorted(self.seen.items()))])
 
     def ask(self, name: str, schema: Any) -> str:
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -88,13 +89,13 @@ def main() -> int:
     run = Run(iter(chosen), args.tokens, flags)
     try:
         run.soak.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8})  # waits for it
-        print(f"before: {run.memory()}", flush=True)
+        print(f"before: {run}", flush=True)
         threads = [threading.Thread(target=run.work) for _ in range(AT_ONCE)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        print(f"after: {run.memory()}; " + ", ".join(f"{what}: {count}" for what, count in sorted(run.seen.items())))
+        print(f"after: {run}")
     finally:
         run.soak.process.kill()
     for line in itertools.islice(run.wrong, 20):
