@@ -261,10 +261,14 @@ class OpenVino(OpenVinoModel):
         return len(self.grammars) >= self.GRAMMARS
 
     def renew(self) -> None:
+        """Where that fails nothing is left to go on with: the process ends, and the server starts another."""
         log.info("the pipeline has compiled %d grammars: making a new one, since it keeps them all", len(self.grammars))
         self.pipe = self.tokenizer = None  # both hold what was compiled; and there is not room for two
         memory.give_back()
-        self.pipe = self.make_pipe()
+        try:
+            self.pipe = self.make_pipe()
+        except Exception as error:
+            raise SystemExit(f"the model cannot be loaded again: {one_line(error)}") from error
         self.tokenizer = self.pipe.get_tokenizer()
         self.grammars.clear()
         self.prefixes = Prefixes()
