@@ -27,6 +27,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
@@ -71,6 +72,7 @@ from model_files import (
 from pace import Pace
 from prefixes import Prefixes
 from regular import Unsupported
+from sampler import Sampler, Weights
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
 
@@ -155,6 +157,8 @@ class OpenVino(OpenVinoModel):
     BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
     BESIDE, BESIDE_TOKENS = 0, 1024  # sequences that nobody has asked for, and how long they are
     BATCH = 256  # tokens per step, so that the others keep decoding; the library fixes it when the pipeline is made
+    GRAMMAR_S = 0.02  # a new grammar is compiled in the step that brings its first token
+    GRAMMARS = 128  # that a pipeline compiles: it keeps them all, as a rule 1 MB each, so after so many it is made anew
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec)
@@ -181,7 +185,9 @@ class OpenVino(OpenVinoModel):
         scheduler.num_kv_blocks = -(-self.cache_tokens // block) + self.BESIDE * self.BESIDE_TOKENS // block
         scheduler.enable_prefix_caching = True
         progress(0.0)
-        self.pipe = self.load(spec, scheduler)
+        self.make_pipe = functools.partial(self.load, spec, scheduler)
+        self.pipe = self.make_pipe()
+        self.grammars: set[int] = set()  # hashes of those that it has compiled
         self.context = min(context, self.cache_tokens)
         self.read_tokenizer(self.pipe.get_tokenizer(), context)
         self.template = ChatTemplate(
@@ -249,7 +255,29 @@ class OpenVino(OpenVinoModel):
             found["prompt_lookup"] = True
         return found
 
+    @property
+    def worn(self) -> bool:
+        """It has compiled too much to go on: once what runs has ended, the next start() makes a new pipeline."""
+        return len(self.grammars) >= self.GRAMMARS
+
+    def renew(self) -> None:
+        """Where that fails nothing is left to go on with: the process ends, and the server starts another."""
+        log.info("the pipeline has compiled %d grammars: making a new one, since it keeps them all", len(self.grammars))
+        self.pipe = self.tokenizer = None  # both hold what was compiled; and there is not room for two
+        memory.give_back()
+        try:
+            self.pipe = self.make_pipe()
+        except Exception as error:
+            raise SystemExit(f"the model cannot be loaded again: {one_line(error)}") from error
+        self.tokenizer = self.pipe.get_tokenizer()
+        self.grammars.clear()
+        self.prefixes = Prefixes()
+        self.take_cache()
+        memory.give_back()  # the second cache grows where the first one lay, and leaves as much behind
+
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
+        if self.worn and not self.handles and not self.arriving:
+            self.renew()
         if self.ngram and sampling.min_tokens:
             raise Refused("OpenVINO has no 'min_tokens' beside speculative decoding (--ngram-match-min).", "min_tokens")
         config = self.genai.GenerationConfig()
@@ -264,6 +292,7 @@ class OpenVino(OpenVinoModel):
             config.num_assistant_tokens, config.max_ngram_size = self.draft_tokens, self.ngram
         if sampling.grammar:
             config.structured_output_config = self.genai.StructuredOutputConfig(grammar=ebnf(sampling.grammar))
+            self.grammars.add(hash(sampling.grammar))
         config.presence_penalty = sampling.presence_penalty
         config.frequency_penalty = sampling.frequency_penalty
         config.repetition_penalty = sampling.repetition_penalty
@@ -365,16 +394,22 @@ def ebnf(text: str) -> str:
 class LlamaGrammar:
     """llama.cpp's own sampler of a grammar, which only forbids. Where llguidance is not installed: it takes milliseconds a mask."""
 
-    def __init__(self, lib: Any, sampler: Any) -> None:
+    def __init__(self, lib: Any, sampler: Any, candidates: Any) -> None:
         self.lib, self.sampler = lib, sampler
+        self.candidates = candidates  # llama_token_data (vocabulary), of all grammars; the ids are there
 
     def allows(self, token: int) -> bool:
         one = (self.lib.llama_token_data * 1)(self.lib.llama_token_data(token, 0.0, 0.0))
         self.lib.llama_sampler_apply(self.sampler, ctypes.byref(self.lib.llama_token_data_array(one, 1, -1, False)))
         return not math.isinf(one[0].logit)
 
-    def forbid(self, candidates: Any, array: Any) -> None:
+    def allowed(self) -> Any:
+        """bool (vocabulary)"""
+        self.candidates["logit"] = 0.0
+        data = self.candidates.ctypes.data_as(ctypes.POINTER(self.lib.llama_token_data))
+        array = self.lib.llama_token_data_array(data, len(self.candidates), -1, False)
         self.lib.llama_sampler_apply(self.sampler, ctypes.byref(array))
+        return self.candidates["logit"] == 0.0
 
     def accept(self, token: int) -> None:
         self.lib.llama_sampler_accept(self.sampler, token)
@@ -386,18 +421,18 @@ class LlamaGrammar:
 class Guidance:
     """llguidance's matcher of a grammar: a mask of the whole vocabulary in microseconds, without the GIL."""
 
-    def __init__(self, matcher: Any, numpy: Any) -> None:
-        self.matcher, self.numpy = matcher, numpy
+    def __init__(self, matcher: Any, numpy: Any, vocabulary: int) -> None:
+        self.matcher, self.numpy, self.vocabulary = matcher, numpy, vocabulary
 
     def allows(self, token: int) -> bool:
         return bool(self.matcher.validate_tokens([token]))
 
-    def forbid(self, candidates: Any, array: Any) -> None:
-        """Raises Refused: the matcher has a limit, and then allows only the end."""
+    def allowed(self) -> Any:
+        """bool (vocabulary). Raises Refused: the matcher has a limit, and then allows only the end."""
         packed = self.numpy.frombuffer(self.matcher.compute_bitmask(), dtype=self.numpy.uint8)
         if self.matcher.is_error():
             raise grammar_failed(self.matcher)
-        candidates["logit"][self.numpy.unpackbits(packed, count=len(candidates), bitorder="little") == 0] = -math.inf
+        return self.numpy.unpackbits(packed, count=self.vocabulary, bitorder="little").view(bool)
 
     def accept(self, token: int) -> None:
         self.matcher.consume_token(token)
@@ -413,16 +448,20 @@ class LlamaSlot:
     seq: int
     kv: list[int] = field(default_factory=list)
     todo: list[int] = field(default_factory=list)  # tokens to be decoded next: the rest of the prompt, or the one sampled
-    sampler: Any = None  # the sampler chain; None: the slot is free
+    sampler: Sampler | None = None  # None: the slot is free
     grammar: LlamaGrammar | Guidance | None = None
     sampling: Sampling = Sampling()
-    muted: int = 0  # tokens still to come before EOS may (min_tokens): the chain's first sampler bans it
     scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens, where they are wanted
     used: int = 0  # when it was last started: the least recent is overwritten first
     drafts: list[int] = field(default_factory=list)  # guesses at what follows todo[0], decoded with it
     grams: dict[tuple[int, ...], int] = field(default_factory=dict)  # tokens in a row → where what followed them begins
     indexed: int = 0  # tokens of the sequence that `grams` knows
     left: int = 0  # tokens that may still be sampled
+
+    @property
+    def settled(self) -> bool:
+        """It has got more than its first token."""
+        return self.left < (self.sampling.max_tokens or 1) - 1
 
     def yield_cells(self) -> None:
         """Give its cells back, to be decoded anew when there is room: what was sampled, and the sampler, stay."""
@@ -541,7 +580,7 @@ class LlamaCpp(LlamaModel):
 
     LACKS: ClassVar = frozenset({"prompts"})
     SPECULATES: ClassVar = frozenset({"ngram"})
-    BATCH = 512  # tokens per step when nobody waits for the next token …
+    BATCH, BATCH_TOGETHER = 512, 2048  # tokens per step when nobody waits for the next token, and of several whole prompts …
     BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
     FUSED = True  # attention by one kernel, which is faster and takes less memory
     BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
@@ -549,23 +588,24 @@ class LlamaCpp(LlamaModel):
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec, progress)
-        self.guidance = self.make_guidance()
         lib, trained = self.lib, self.trained
         self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
             raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
         self.cells, self.unified = self.layout(spec)
-        self.ctx = self.make_context()
+        with ThreadPoolExecutor(1) as beside:  # reads the vocabulary alone, while the KV cache is being cleared: both take long
+            guidance = beside.submit(self.make_guidance)
+            self.ctx = self.make_context()
+            self.guidance = guidance.result()
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
         self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
-        self.batch = lib.llama_batch_init(self.BATCH, 0, 1)
+        self.batch = lib.llama_batch_init(self.BATCH_TOGETHER, 0, 1)
         self.grammars: dict[str, Any] = {}  # compiled, by text
         self.pace = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH_BUSY)
         self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
-        row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
-        self.candidates = self.numpy.zeros(self.vocabulary, dtype=row)
+        self.weights = Weights(self.numpy, self.vocabulary)
         self.ring = [LlamaSlot(i) for i in range(spec.slots)]
         self.clock = itertools.count(1)
 
@@ -582,7 +622,7 @@ class LlamaCpp(LlamaModel):
     def make_context(self) -> Any:
         params = self.lib.llama_context_default_params()
         params.n_ctx = self.cells
-        params.n_batch = params.n_ubatch = self.BATCH
+        params.n_batch, params.n_ubatch = self.BATCH_TOGETHER, self.BATCH
         params.n_seq_max = self.slots
         params.n_threads = params.n_threads_batch = self.threads
         params.kv_unified = self.unified
@@ -614,8 +654,7 @@ class LlamaCpp(LlamaModel):
             common = 0
         slot.kv, slot.todo = ids[:common], ids[common:]
         slot.grammar = self.make_grammar(sampling.grammar) if sampling.grammar else None
-        slot.sampler = self.make_sampler(ids, sampling)
-        slot.sampling, slot.muted = sampling, sampling.min_tokens
+        slot.sampler, slot.sampling = Sampler(self.weights, self.eos, ids, sampling), sampling
         slot.scores = [Scored(None)] if sampling.scores_prompt else []  # nothing predicts the first token
         slot.used, slot.left = next(self.clock), sampling.max_tokens or 1
         slot.drafts, slot.grams, slot.indexed = [], {}, self.ngram
@@ -624,42 +663,6 @@ class LlamaCpp(LlamaModel):
     def reusable(self, slot: LlamaSlot, ids: list[int], limit: int) -> int:
         """How many tokens of a slot's cache are the beginning of these, at most `limit`."""
         return shared(slot.kv, ids, limit)
-
-    def make_sampler(self, ids: list[int], s: Sampling) -> Any:
-        """Penalties, temperature, top_k, top_p, min_p, in the order of vLLM and transformers (llama.cpp's own cuts first)."""
-        lib = self.lib
-        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if s.min_tokens:
-            lib.llama_sampler_chain_add(chain, self.make_bias([(token, -100.0) for token in self.eos]))
-        if s.logit_bias:
-            lib.llama_sampler_chain_add(chain, self.make_bias(s.logit_bias))
-        everything = len(ids) + (s.max_tokens or 0)
-        if s.repetition_penalty != 1:
-            repetition = lib.llama_sampler_init_penalties(self.vocabulary, everything, s.repetition_penalty, 0.0, 0.0)
-            for token in ids:
-                lib.llama_sampler_accept(repetition, token)
-            lib.llama_sampler_chain_add(chain, repetition)
-        if s.presence_penalty or s.frequency_penalty:
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(
-                self.vocabulary, everything, 1.0, s.frequency_penalty, s.presence_penalty))  # fmt: skip
-        if not s.temperature:
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
-            return chain
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(s.temperature))
-        if s.top_k:
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(s.top_k))
-        if s.top_p is not None and s.top_p < 1:
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(s.top_p, 1))
-        if s.min_p:
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(s.min_p, 1))
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(s.seed))
-        return chain
-
-    def make_bias(self, biases: Iterable[tuple[int, float]]) -> Any:
-        """-100 bans, as OpenAI's reference says of logit_bias."""
-        rows = [(token, -math.inf if bias <= -100 else bias) for token, bias in biases]
-        array = (self.lib.llama_logit_bias * len(rows))(*rows)
-        return self.lib.llama_sampler_init_logit_bias(self.vocabulary, len(rows), array)
 
     def make_grammar(self, text: str) -> LlamaGrammar | Guidance:
         """A copy of the compiled grammar. Raises Refused."""
@@ -670,8 +673,8 @@ class LlamaCpp(LlamaModel):
             self.grammars[text] = made
         kept = self.grammars[text]
         if isinstance(kept, Guidance):
-            return Guidance(kept.matcher.deep_copy(), self.numpy)
-        return LlamaGrammar(self.lib, self.lib.llama_sampler_clone(kept.sampler))
+            return Guidance(kept.matcher.deep_copy(), self.numpy, self.vocabulary)
+        return LlamaGrammar(self.lib, self.lib.llama_sampler_clone(kept.sampler), kept.candidates)
 
     def compile_guidance(self, text: str) -> Guidance:
         if not self.eos:
@@ -680,7 +683,7 @@ class LlamaCpp(LlamaModel):
         matcher = llguidance.LLMatcher(self.guidance, llguidance.grammar_from("lark", lark_grammar(text)))
         if matcher.is_error():
             raise grammar_failed(matcher)
-        return Guidance(matcher, self.numpy)
+        return Guidance(matcher, self.numpy, self.vocabulary)
 
     def compile_grammar(self, text: str) -> LlamaGrammar:
         """llama.cpp's parser gives NULL for a bad one."""
@@ -688,7 +691,10 @@ class LlamaCpp(LlamaModel):
         grammar = self.lib.llama_sampler_init_grammar(self.vocab, ebnf(text).encode(), b"root")
         if not grammar:
             raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
-        return LlamaGrammar(self.lib, grammar)
+        row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
+        candidates = self.numpy.zeros(self.vocabulary, dtype=row)
+        candidates["id"] = self.numpy.arange(self.vocabulary)
+        return LlamaGrammar(self.lib, grammar, candidates)
 
     def step(self) -> list[Step]:
         if self.unified:
@@ -751,7 +757,9 @@ class LlamaCpp(LlamaModel):
         for slot in decoding + prefilling:
             prompt = len(slot.todo) > 1 and not slot.drafts
             scored = prompt and bool(slot.scores)
-            piece = slot.todo[: min(room, self.BATCH_SCORED) if scored else room]
+            piece = slot.todo[: min(room, self.BATCH_SCORED if scored else self.BATCH)]
+            if scored or len(piece) < len(slot.todo):  # beyond BATCH come only whole prompts
+                piece = piece[: max(0, self.BATCH - at, len(decoding) + 1 - at)]
             if not piece or (prompt and len(slot.todo) > free):  # the next in line waits until the whole of it fits
                 break
             free -= len(piece) * prompt
@@ -779,7 +787,8 @@ class LlamaCpp(LlamaModel):
 
     def room(self, decoding: list[LlamaSlot]) -> int:
         """Tokens of the next batch."""
-        return self.pace.piece() if decoding else self.BATCH
+        settled = any(slot.settled for slot in decoding)  # who has just begun waits for those that came with it
+        return self.pace.piece() if settled else self.BATCH_TOGETHER
 
     def guess(self, slot: LlamaSlot, most: int) -> list[int]:
         """What followed the last tokens when they were met before."""
@@ -804,23 +813,16 @@ class LlamaCpp(LlamaModel):
         return first._replace(tokens=tokens, logprobs=scores, error=step.error)
 
     def sample(self, slot: LlamaSlot, index: int) -> Step:
+        assert slot.sampler
         scores: list[Scored] = []
-        token: int | None
         try:
-            if slot.sampling.grammar:
-                token = self.sample_constrained(slot, index)
-            else:
-                token = self.lib.llama_sampler_sample(slot.sampler, self.ctx, index)
-            refused = no_token_left()
+            token, refused = self.choose(slot, self.logits(index)), no_token_left()
         except Refused as error:  # llguidance has limits
             token, refused = None, error
         if token is None:
             slot.todo = [self.bos]  # never decoded: the choice ends here
             return Step(slot.seq, (), error=refused)
-        if slot.muted:
-            slot.muted -= 1
-            if not slot.muted:
-                self.lib.llama_sampler_free(self.lib.llama_sampler_chain_remove(slot.sampler, 0))
+        slot.sampler.accept(token)
         wanted = slot.sampling.logprobs
         if wanted is not None:
             scores = [self.score(index, token, wanted)]
@@ -842,37 +844,24 @@ class LlamaCpp(LlamaModel):
             top = sorted(((int(i), float(logits[i]) - shift) for i in ids), key=lambda pair: -pair[1])
         return Scored(float(logits[token]) - shift, top)
 
-    def sample_constrained(self, slot: LlamaSlot, index: int) -> int | None:
+    def choose(self, slot: LlamaSlot, logits: Any) -> int | None:
         """Sample freely, and only when the grammar forbids that token, among those that it allows; None: bans leave none.
 
-        To ask the grammar about one token costs microseconds, about the whole vocabulary milliseconds. With P the probability
-        of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
+        To ask the grammar about one token costs microseconds, about the whole vocabulary more, of llama.cpp's own milliseconds. With P
+        the probability of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
         """
-        assert slot.grammar
-        token, logit = self.pick(slot, index, constrained=False)
-        if not slot.grammar.allows(token):
-            token, logit = self.pick(slot, index, constrained=True)
-        if math.isinf(logit):
-            return None
-        slot.grammar.accept(token)
-        self.lib.llama_sampler_accept(slot.sampler, token)
+        assert slot.sampler
+        token = slot.sampler.choose(logits)
+        if not slot.grammar:
+            return token
+        if token is None or not slot.grammar.allows(token):
+            token = slot.sampler.choose(logits, slot.grammar.allowed())
+        if token is not None:
+            slot.grammar.accept(token)
         return token
-
-    def pick(self, slot: LlamaSlot, index: int, constrained: bool) -> tuple[int, float]:
-        """A token and its logit; minus infinity where bans and the grammar leave none."""
-        self.candidates["id"] = self.numpy.arange(self.vocabulary)
-        self.candidates["logit"] = self.logits(index)
-        data = self.candidates.ctypes.data_as(ctypes.POINTER(self.lib.llama_token_data))
-        array = self.lib.llama_token_data_array(data, self.vocabulary, -1, False)
-        if constrained and slot.grammar:
-            slot.grammar.forbid(self.candidates, array)
-        self.lib.llama_sampler_apply(slot.sampler, ctypes.byref(array))
-        chosen = array.data[array.selected]
-        return int(chosen.id), float(chosen.logit)
 
     def cancel(self, seq: int) -> None:
         slot = self.ring[seq]
-        self.lib.llama_sampler_free(slot.sampler)
         if slot.grammar:
             slot.grammar.free()
         slot.sampler, slot.grammar, slot.todo, slot.grams = None, None, [], {}

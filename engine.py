@@ -381,7 +381,9 @@ class Backend(Protocol):
 
 # What a binding may have beside: `pool_tokens` and `pool_rows`, the most tokens (padding counts) and inputs of one embed();
 # `prompts`, a model's own by name, "" being what stands before every text; `pair(query, document, limit) -> Tokens` of a
-# reranker, whose embed() gives vectors of one number. A vector is little-endian float32.
+# reranker, whose embed() gives vectors of one number; `GRAMMAR_S`, seconds that a step takes longer as a rule in which a new grammar
+# is compiled, where start() does not; `worn`, true when nothing may be started before all that runs has ended. A vector is
+# little-endian float32.
 
 
 FEATURES = {  # what an engine may lack → what it is, for the 400
@@ -756,7 +758,7 @@ class EngineLoop:
         self.clock = itertools.count(1)
         self.pool = Pool(backend)
         self.reader, self.prefixes = Reader(backend), Prefixes()
-        self.pace, self.prompts = GrammarPace(), PromptPace()
+        self.pace, self.prompts = GrammarPace(getattr(backend, "GRAMMAR_S", 0.0)), PromptPace()
         self.credit = self.SHARE_S  # seconds that other work may take before the next step: half of what answers have taken
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
@@ -780,8 +782,8 @@ class EngineLoop:
         return [len(choice.request.ids) for choice in self.active.values() if not choice.taken]
 
     def answering(self) -> bool:
-        """Does the next step bring somebody a token?"""
-        return any(choice.taken for choice in self.active.values())
+        """Does the next step bring somebody a token, who did not just get the first? Who came together begins together."""
+        return any(choice.taken > 1 for choice in self.active.values())
 
     def flush(self) -> None:
         """One message per step; without news one a second, so that a long prefill is not taken for a hang."""
@@ -857,7 +859,6 @@ class EngineLoop:
         if self.answering() and not self.prompts.allows([length, *self.unread()]):
             return None
         choice = self.waiting.take(client)
-        self.pace.began(choice.request.sampling.grammar)
         if len(self.turns) > 10_000:
             self.turns.clear()
         self.turns[client] = next(self.clock)
@@ -866,6 +867,8 @@ class EngineLoop:
     def admit(self) -> None:
         self.catch_up()
         while self.waiting and len(self.active) < self.backend.slots:
+            if self.active and getattr(self.backend, "worn", False):
+                break
             choice = self.next_waiting()
             if choice is None:
                 break
@@ -879,7 +882,9 @@ class EngineLoop:
             own = replace(sampling, seed=(sampling.seed + choice.index) % (2**32 - 1), n=1)
             if choice.thinking and choice.thinking.pending:
                 own = replace(own, grammar=None)
+            began = time.monotonic()
             started = self.guarded(request.job, "start", lambda: self.backend.start(list(request.ids), own))  # noqa: B023
+            self.pace.began(own.grammar, time.monotonic() - began)
             if started is None:
                 continue
             seq, cached = started
@@ -905,7 +910,9 @@ class EngineLoop:
     def timed_step(self) -> None:
         reading, answering, began = bool(self.unread()), self.answering(), time.monotonic()
         self.step()
-        given = self.prompts.stepped(time.monotonic() - began, reading, answering)
+        took = time.monotonic() - began
+        self.pace.stepped(took)
+        given = self.prompts.stepped(took, reading, answering)
         self.credit = min(self.SHARE_S, self.credit + given / 2)
 
     def step(self) -> None:
@@ -945,7 +952,9 @@ class EngineLoop:
             min_tokens=max(0, sampling.min_tokens - choice.taken),
         )
         thinking.started_again()
+        began = time.monotonic()
         started = self.guarded(request.job, "start", lambda: self.backend.start(list(ids), own))
+        self.pace.began(own.grammar, time.monotonic() - began)
         if started is not None:
             self.active[started[0]] = choice
 
@@ -999,26 +1008,37 @@ class PromptPace:
 
 
 class GrammarPace:
-    """A grammar that an engine does not know yet takes it a while to compile, in which nobody gets a token: not one after another."""
+    """A grammar that an engine does not know yet takes it a while, in which nobody gets a token: as long then goes to steps.
 
-    PAUSE_S, KNOWN = 0.5, 256
+    What start() took is measured. An engine that compiles in the first step (`GRAMMAR_S`, what that takes as a rule) pays ahead,
+    and where such a step was slow, afterwards.
+    """
 
-    def __init__(self) -> None:
+    SHARE_S, SLOW_S, KNOWN = 0.05, 0.25, 256
+
+    def __init__(self, ahead: float):
+        self.ahead = ahead
         self.known: dict[int, None] = {}  # hashes, the latest last
-        self.next = 0.0
+        self.credit = self.SHARE_S  # seconds that new ones may take before the next step: as many as steps have taken
+        self.fresh = False  # a new one has begun since the last step
 
     def allows(self, grammar: str | None) -> bool:
-        return grammar is None or hash(grammar) in self.known or time.monotonic() >= self.next
+        return grammar is None or hash(grammar) in self.known or self.credit > 0
 
-    def began(self, grammar: str | None) -> None:
+    def began(self, grammar: str | None, took: float) -> None:
+        """`took`: seconds of start()."""
         if grammar is None:
             return
         if hash(grammar) not in self.known:
-            self.next = time.monotonic() + self.PAUSE_S
+            self.credit, self.fresh = self.credit - took - self.ahead, True
         self.known.pop(hash(grammar), None)
         self.known[hash(grammar)] = None
         if len(self.known) > self.KNOWN:
             del self.known[next(iter(self.known))]
+
+    def stepped(self, took: float) -> None:
+        slow, self.fresh = self.ahead and self.fresh and took > self.SLOW_S, False
+        self.credit = self.SHARE_S - took if slow else min(self.SHARE_S, self.credit + took)
 
 
 @dataclass(slots=True, eq=False)

@@ -316,6 +316,8 @@ class Engine(Jobs):
             self.reader.start()
             for target in (self.write, self.watch):
                 threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
+            if spec.task == "generate":
+                self.workshop.warm()  # its process begins while the model is loaded
         except RuntimeError:  # no more threads
             self.process.kill()
             raise

@@ -22,12 +22,14 @@ from machine import default_cache_tokens
 
 class ExactLlamaCpp(LlamaCpp):
     FUSED = False
-    BATCH = BATCH_BUSY = pool_tokens = 128  # without the fused kernel the memory of a step grows with batch times context
+    BATCH = BATCH_TOGETHER = BATCH_BUSY = pool_tokens = (
+        128  # without the fused kernel the memory of a step grows with batch times context
+    )
     PIECE = LlamaCpp.BATCH_SCORED  # tokens
     TRIED = 8  # tokens before the rows that are tried out
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
-        self.BATCH = max(self.BATCH, spec.slots)
+        self.BATCH = self.BATCH_TOGETHER = max(self.BATCH, spec.slots)
         super().__init__(spec, progress)
         if self.lib.llama_supports_gpu_offload() and self.flags.get("gpu_layers") != 0:
             raise RuntimeError("--deterministic is honoured on the CPU alone: add --gpu-layers 0")
@@ -160,6 +162,11 @@ class ExactOpenVino(OpenVino):
         if self.companion and self.companion.get_status() == self.genai.GenerationStatus.RUNNING:
             self.companion.cancel()
         self.companion = None
+
+    def renew(self) -> None:
+        self.dismiss()
+        super().renew()
+        self.accompany()
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         if not self.companion:  # before the first prompt, which may take all of a step

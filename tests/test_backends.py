@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -283,6 +284,19 @@ def test_openvino_ir_folder(tmp_path, ir_folder):
     (broken / "openvino_detokenizer.bin").unlink()
     with pytest.raises(model_init.UsageError, match=r"without openvino_detokenizer\.bin"):
         model_init.find_model(broken)
+
+
+def test_openvino_is_made_anew_after_many_grammars(tmp_path, demo, monkeypatch):
+    """Its pipeline keeps them all. What runs ends first, what comes then waits, and nobody's answer is another's."""
+    if lack := missing_library("openvino"):
+        pytest.skip(lack)
+    monkeypatch.setenv("RENEWED", str(tmp_path / "renewed"))
+    with serve_one(demo, EngineSpec("wearing:Wearing", str(demo.path), 4, 0, 2048)) as served:
+        words = [letter * 9 for letter in "abcdef"]
+        with ThreadPoolExecutor(3) as clients:
+            said = [*clients.map(lambda word: text(ask(served, QUESTION, structured_outputs={"choice": [word]})), words)]
+        assert said == words
+    assert (tmp_path / "renewed").read_text() == "xx"
 
 
 def test_openvino_keeps_what_it_has_converted(tmp_path, demo, monkeypatch):

@@ -1,5 +1,8 @@
 """The engine loop and its handle, without HTTP: order, slots, full queue, cancellation, death, close."""
 
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import cancelled_at, until
 
-from engine import Delta, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
+from engine import Delta, EngineFailed, EngineSpec, GrammarPace, Prompt, QueueFull, Refused, Sampling, Started
 from engine_handle import Engine
 
 
@@ -223,3 +226,49 @@ def test_prompts_and_choices_are_numbered(script):
     shown = {i: "".join(e.text for e in events if isinstance(e, Delta) and e.choice == i) for i in range(4)}
     assert shown == {0: "a", 1: "a", 2: "b", 3: "b"}
     assert sum(e.prompt_tokens for e in events if isinstance(e, Started)) == 12
+
+
+def test_a_child_does_not_import_the_program_that_starts_it(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import children, scripted\n"
+        "print('imported')\n"
+        "if __name__ == '__main__':\n"
+        "    child = children.Child(scripted.tell_program)\n"
+        "    print(child.conn.recv())\n"
+        "    child.kill()\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    said = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert said.stdout.split() == ["imported", "False"], said.stderr
+
+
+def test_new_grammars_begin_as_fast_as_an_engine_takes_them():
+    """Quick ones at once; after a slow one as much time goes to steps first. Those that it knows, and none at all, never wait."""
+    pace = GrammarPace(0.0)
+    for number in range(40):
+        assert pace.allows(str(number))
+        pace.began(str(number), 0.001)
+    pace.began("slow", 0.4)
+    assert not pace.allows("new") and pace.allows("slow") and pace.allows("1") and pace.allows(None)
+    for _ in range(4):
+        assert not pace.allows("new")
+        pace.stepped(0.1)
+    assert pace.allows("new")
+    pace.stepped(9.0)  # of an engine that compiles in start() a slow step says nothing about grammars
+    assert pace.allows("new")
+
+
+def test_an_engine_that_compiles_in_a_step_takes_few_new_grammars_into_it():
+    pace, begun = GrammarPace(0.02), 0
+    while pace.allows(f"new {begun}"):
+        pace.began(f"new {begun}", 0.0)
+        begun += 1
+    assert begun == 3
+    pace.stepped(1.0)  # it was slow
+    pace.stepped(0.5)
+    assert not pace.allows("another")
+    pace.stepped(0.5)
+    assert pace.allows("another")
