@@ -83,29 +83,23 @@ __all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "obj
 MAX_ALTERNATIVES, MAX_STATES, MAX_COUNTED, MAX_UNIQUE = 256, 4_000, 4_000, 5
 MAX_WORK = 30_000  # meetings of two shapes
 MAX_LISTED = 100  # multiples written out
-MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
-    4,
-    8,
-    1_000,
-)  # properties kept apart whether required or not, and required ones, in any order
-
 
 # ---- shapes: sets of values of one type
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A schema that a value satisfies, or (positive False) does not. Two are equal when they are the same place of the document."""
+    """A schema that a value satisfies, or (positive False) does not. Two are equal when they say the same."""
 
     node: Any
     base: str
     positive: bool
     path: str
+    number: int  # Document.number; of true and false 1 and 0
     key: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        place = self.node if isinstance(self.node, bool) else id(self.node)
-        object.__setattr__(self, "key", (place, self.base, self.positive))
+        object.__setattr__(self, "key", (self.number, self.base, self.positive))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -114,11 +108,11 @@ class Item:
         return isinstance(other, Item) and self.key == other.key
 
     def turned(self) -> Item:
-        return Item(self.node, self.base, not self.positive, self.path)
+        return Item(self.node, self.base, not self.positive, self.path, self.number)
 
 
 State = tuple[Item, ...]  # all of them at once; none: any value
-FALSE: State = (Item(False, "", True, "$"),)
+FALSE: State = (Item(False, "", True, "$", 0),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,15 +246,14 @@ def number_term(shape: Number) -> Term:
         last = None if high is None else math.ceil(high[0] / step) - 1 if high[1] else math.floor(high[0] / step)
         if first is not None and last is not None and (first > last or (last - first < MAX_LISTED and step != 1)):
             return words(plain_digits(i * step) for i in range(first, last + 1)) if first <= last else NONE
-        if step == 1:
-            found = integers(first, last)
+        endless = step != 1 or bool(shape.terms)  # a count of digits would be multiplied by the remainders
+        if step.denominator == 1:
+            whole = [None if n is None else int(n * step) for n in (first, last)]
+            found = integers(whole[0], whole[1], endless)
         else:
-            bounds = (None if first is None else (first * step, False), None if last is None else (last * step, False))
-            whole = step.denominator == 1
-            plain = integers(*(None if b is None else int(b[0]) for b in bounds)) if whole else decimals(*bounds, plain=True)
-            if first in (None, 0) and last is None and whole:  # no count of digits: it would be multiplied by the remainders
-                plain = seq(rep(lit("-"), 0, 1) if first is None else EMPTY, alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, None))]))
-            found = both(plain, multiples(step))
+            bounds = [None if n is None else (n * step, False) for n in (first, last)]
+            found = decimals(bounds[0], bounds[1], plain=True)
+        found = found if step == 1 else both(found, multiples(step))
     else:
         found = decimals(low, high, plain=bool(shape.terms))
     if found is NONE or not shape.terms:
@@ -302,7 +295,7 @@ class Meetings:
             node = True
         if isinstance(node, bool):
             return () if node is positive else FALSE
-        return (Item(node, base, positive, path),)
+        return (Item(node, base, positive, path, self.document.number(node)),)
 
     def expand(self, state: State) -> list[Shape]:
         key = tuple(item.key for item in state)
@@ -423,7 +416,7 @@ class Meetings:
                 and (shape.low <= len(value) <= (len(value) if shape.high is None else shape.high))
             )
         if isinstance(shape, Number):
-            if not is_a(value, "number") or (shape.whole and not is_a(value, "integer")):
+            if not is_a(value, "integer" if shape.whole else "number", self.document.draft):
                 return False
             number = exact(value)
             low, high = shape.low or (number, False), shape.high or (number, False)
@@ -517,8 +510,7 @@ class Failures(Meetings):
     def failed_applied(self, word: str, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
         if word == "$ref":
             target = self.document.find(node["$ref"], item.base, item.path)
-            base = self.document.within(*target)
-            return [] if target[0] is True else self.shapes(Item(target[0], base, False, item.path), seen)
+            return self.entered(*target, item.path, False, seen)
         if word == "not":
             return self.sub(item, "not", node["not"], True, seen)
         if word == "allOf":
@@ -672,6 +664,9 @@ class Failures(Meetings):
     def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
         raise NotImplementedError
 
+    def entered(self, node: Any, base: str, path: str, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
+        raise NotImplementedError
+
     def union(self, parts: Iterable[list[Shape]]) -> list[Shape]:
         raise NotImplementedError
 
@@ -707,7 +702,10 @@ class Shapes(Failures):
 
     def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
         """The shapes of a schema that stands in another for the same value."""
-        state = self.item(node, item.base, f"{item.path}.{step}", positive)
+        return self.entered(node, item.base, f"{item.path}.{step}", positive, seen)
+
+    def entered(self, node: Any, base: str, path: str, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
+        state = self.item(node, base, path, positive)
         return _EVERY if state == () else self.shapes(state[0], seen)
 
     def satisfied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
@@ -830,8 +828,7 @@ class Shapes(Failures):
         """What each keyword that applies other schemas to the same value leaves of all values."""
         target = self.document.target(node, item.base, item.path)
         if target:
-            base = self.document.within(*target)
-            yield _EVERY if target[0] is True else self.shapes(Item(target[0], base, True, item.path), seen)
+            yield self.entered(*target, item.path, True, seen)
         for i, member in enumerate(node.get("allOf", ())):
             yield self.sub(item, f"allOf[{i}]", member, True, seen)
         if "anyOf" in node:
@@ -943,6 +940,13 @@ def _together(patterns: Sequence[str]) -> Iterator[set[str]]:
             todo.append((found | {patterns[at]}, at + 1))
 
 
+def _compact(value: Any) -> str:
+    """As JSON, in UTF-8. Raises ValueError."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text.encode()
+    return text
+
+
 class Schema:
     """One schema on its way to a grammar: a rule for each state."""
 
@@ -952,7 +956,6 @@ class Schema:
         self.refs: dict[tuple[Any, ...], Term] = {}
         self.todo: deque[tuple[str, State]] = deque()
         self.pairs: dict[Any, Term] = {}
-        self.watching = 0  # rules for what has been written of objects in any order
 
     def text(self) -> str:
         root = self.state(self.shapes.item(self.document.root, "", "$"))
@@ -1000,19 +1003,42 @@ class Schema:
 
     def fixed(self, shape: Fixed, state: State) -> Term:
         try:
-            texts = [json.dumps(member, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for member in shape.values]
-            "".join(texts).encode()
+            texts = [_compact(value) for value in shape.values if not isinstance(value, (dict, list))]
+            return self.grammar.share(
+                alt([words(dict.fromkeys(texts)), *(self.listed(v) for v in shape.values if isinstance(v, (dict, list)))])
+            )
         except ValueError:
             refuse("enum", state[0].path, "holds a value that JSON cannot carry")
-        return self.grammar.share(words(dict.fromkeys(texts)))
+
+    def listed(self, value: Any) -> Term:
+        """A listed value: an array or object in as many tokens as anywhere else, so that it is told from what begins alike."""
+        if not isinstance(value, (dict, list)):
+            return self.grammar.rule(lit(_compact(value)))
+        parts = (
+            [self.listed(one) for one in value]
+            if isinstance(value, list)
+            else [seq(self.string(lit(name), ":"), self.listed(one)) for name, one in value.items()]
+        )
+        inside = seq(*[piece for part in parts for piece in (lit(","), part)][1:])
+        found = Term("ref", self.grammar.name())
+        self.grammar.rules[found.text] = (
+            self.framed("[", inside, "]") if isinstance(value, list) else self.framed("{", inside, "}")
+        )
+        return found
+
+    def framed(self, start: str, inside: Term, stop: str) -> Term:
+        """In brackets, which are tokens of their own even where nothing is in them."""
+        return (
+            seq(lit(start), inside, lit(stop)) if inside.op != "lit" else seq(lit(start), self.grammar.rule(inside), lit(stop))
+        )
 
     def repeated(self, start: str, item: Term, stop: str, low: int, high: int | None) -> Term:
         """Any number of an item, with commas."""
-        if high == 0:
-            return lit(start + stop)
         item = self.grammar.share(item)
+        if high == 0 or item is NONE:
+            return self.framed(start, EMPTY if not low else NONE, stop)
         more = rep(self.grammar.share(seq(lit(","), item)), max(low - 1, 0), None if high is None else high - 1)
-        return seq(lit(start), rep(self.grammar.share(seq(item, more)), min(low, 1), 1), lit(stop))
+        return self.framed(start, rep(self.grammar.share(seq(item, more)), min(low, 1), 1), stop)
 
     # arrays
 
@@ -1032,7 +1058,7 @@ class Schema:
         for i in reversed(range(count)):
             here = seq(lit("," if i else ""), self.state(shape.first[i]), tail)
             tail = self.grammar.share(here if i < low else alt([here, EMPTY]))
-        return seq(lit("["), tail, lit("]"))
+        return self.framed("[", tail, "]")
 
     def counted(
         self,
@@ -1064,7 +1090,7 @@ class Schema:
             ways = [EMPTY] if place >= shape.low and done(memory, place) else []
             if shape.high is None or place < shape.high:
                 for item, after in step(memory, place):
-                    value = item if isinstance(item, Term) else self.state(item)
+                    value = self.grammar.rule(item) if isinstance(item, Term) else self.state(item)
                     ways.append(seq(lit("," if place else ""), value, rule(after, place + 1)))
             self.grammar.rules[rule(memory, place).text] = alt(ways)
         return seq(lit("["), first, lit("]"))
@@ -1100,7 +1126,7 @@ class Schema:
         return self.counted(shape, (0,) * len(shape.contains), step, done, state)
 
     def distinct(self, shape: Array, state: State) -> Term:
-        """uniqueItems of what is listed: a few in any order, more in the order of the list."""
+        """uniqueItems of what is listed."""
         values: dict[Any, Any] = {}
         places = range(len(shape.first) if shape.rest == FALSE else len(shape.first) + 1)
         for place in places:
@@ -1111,14 +1137,20 @@ class Schema:
         members = list(values.values())
         if shape.contains:
             refuse("uniqueItems", state[0].path, "beside 'contains' is not supported")
-        few = len(members) <= MAX_UNIQUE
+        if not shape.first:
+            parts = (rep(self.fixed(Fixed((member,)), state), 0, 1) for member in members)
+            high = len(members) if shape.high is None else min(shape.high, len(members))
+            pick = Term("pick", parts=tuple(parts), low=shape.low, high=high)
+            return self.framed("[", self.grammar.pick(pick), "]")
+        if len(members) > MAX_UNIQUE:
+            refuse("uniqueItems", state[0].path, "of so many, beside 'prefixItems', is not supported")
 
         def step(memory: Any, place: int) -> Iterator[tuple[State | Term, Any]]:
             for i, member in enumerate(members):
-                if (i not in memory if few else i >= memory) and self.shapes.holds(self.shapes.at(shape, place), member):
-                    yield self.fixed(Fixed((member,)), state), (memory | {i} if few else i + 1)
+                if i not in memory and self.shapes.holds(self.shapes.at(shape, place), member):
+                    yield self.fixed(Fixed((member,)), state), memory | {i}
 
-        return self.counted(shape, frozenset() if few else 0, step, lambda memory, place: True, state)
+        return self.counted(shape, frozenset(), step, lambda memory, place: True, state)
 
     # objects
 
@@ -1127,20 +1159,20 @@ class Schema:
             return self.with_some(shape, state)
         names = dict.fromkeys(name for source in shape.sources for name in source.named) | dict.fromkeys(shape.required)
         values = {name: self.shapes.of(shape, name) for name in names}
-        pairs = {
-            name: self.pair(name, value, state)
-            for name, value in values.items()
-            if value != FALSE and self.shapes.satisfiable(value)
-        }
+        parts = self.parts(values, shape, state)
         extra = alt(seq(key, self.state(value)) for key, value in self.extras(shape, names, state))
-        return self.members(pairs, set(shape.required), extra, shape, state)
+        return self.members(parts, extra, shape, state)
+
+    def parts(self, values: dict[str, State], shape: Object, state: State) -> list[Term]:
+        """The properties that have a name of their own, as members for Grammar.pick."""
+        pairs = {name: self.pair(name, value, state) for name, value in values.items() if self.shapes.satisfiable(value)}
+        return [pair if name in shape.required else rep(pair, 0, 1) for name, pair in pairs.items()]
 
     def pair(self, name: str, value: State, state: State) -> Term:
         key = name, tuple(item.key for item in value)
         if key not in self.pairs:
             try:
-                label = json.dumps(name, ensure_ascii=False)
-                label.encode()
+                label = _compact(name)
             except ValueError:
                 refuse("properties", state[0].path, "has a name that JSON cannot carry")
             self.pairs[key] = self.grammar.share(seq(lit(label + ":"), self.state(value)))
@@ -1174,93 +1206,16 @@ class Schema:
         hit = [state for pattern, state in source.patterns if pattern in found]
         return hit or [source.rest]
 
-    def members(self, pairs: dict[str, Term], required: set[str], extra: Term, shape: Object, state: State) -> Term:
+    def members(self, parts: list[Term], extra: Term, shape: Object, state: State) -> Term:
         """All properties of an object: in the schema's order where that is strict, else in any."""
-        low, high = shape.low, shape.high
-        if low > len(required) or (high is not None and (extra is not NONE or high < len(pairs))):
-            return self.numbered(pairs, required, extra, shape, state)
-        extra = self.grammar.share(extra)
-        if not pairs:
-            return self.repeated("{", extra, "}", 0, None) if extra is not NONE else lit("{}")
-        return seq(lit("{"), (self.in_order if self.strict else self.in_any_order)(pairs, required, extra), lit("}"))
-
-    def in_order(self, pairs: dict[str, Term], required: set[str], extra: Term) -> Term:
-        """The others at the end. `tail` is what follows once one has been written, `head` while none has."""
-        tail = rep(self.grammar.share(seq(lit(","), extra)), 0, None)
-        head = alt([EMPTY, self.grammar.share(seq(extra, tail))])
-        for name, pair in reversed(pairs.items()):
-            here, after = seq(pair, tail), seq(lit(","), pair, tail)
-            if name in required:
-                head, tail = self.grammar.share(here), self.grammar.share(after)
-            else:
-                head = self.grammar.share(alt([here, head]))
-                tail = self.grammar.share(seq(rep(self.grammar.share(seq(lit(","), pair)), 0, 1), tail))
-        return head
-
-    def in_any_order(self, pairs: dict[str, Term], required: set[str], extra: Term) -> Term:
-        """A rule for each set of properties that have been written, as far as that matters: the required ones, or all of a few.
-
-        The others may come anywhere, and twice: of equal names JSON's readers keep the last, and each satisfies the schema.
-        Of very many required ones, the order is the schema's.
-        """
-        watched = [name for name in pairs if name in required or len(pairs) <= MAX_FEW]
-        others = self.grammar.share(alt([*(pair for name, pair in pairs.items() if name not in watched), extra]))
-        between = rep(self.grammar.share(seq(lit(","), others)), 0, None)
-        known: dict[int, Term] = {}
-        most = MAX_WATCHED if self.watching < MAX_WATCHING else 3
-        needed = sum(1 << i for i, name in enumerate(watched) if name in required)
-
-        def following(written: int) -> list[int]:
-            left = [i for i in range(len(watched)) if not written >> i & 1]
-            return left[:1] if len(watched) > most else left
-
-        def tail(written: int) -> Term:
-            if written not in known:
-                ways = [seq(lit(","), pairs[watched[i]], tail(written | 1 << i)) for i in following(written)]
-                ways += [EMPTY] if written & needed == needed else []
-                known[written] = self.grammar.share(seq(between, alt(ways)))
-            return known[written]
-
-        self.watching += 2 ** len(watched) if len(watched) <= most else len(watched)
-        ways = [seq(pairs[watched[i]], tail(1 << i)) for i in following(0)]
-        ways += [seq(others, tail(0))] if others is not NONE else []
-        return alt([*ways, *([] if needed else [EMPTY])])
-
-    def numbered(self, pairs: dict[str, Term], required: set[str], extra: Term, shape: Object, state: State) -> Term:
-        """minProperties and maxProperties: how many have been written is part of the rule's name.
-
-        Of those without a name of their own, one counts as distinct from the others: two equal names are one property.
-        """
-        low, high = shape.low, shape.high
-        names = list(pairs)
-        most = len(names) if high is None else min(high, len(names))
-        if len(names) * (most + 1) > MAX_COUNTED:
-            refuse("minProperties" if low else "maxProperties", state[0].path, "beside so many properties is not supported")
-        after: list[Term] = []
-        for count in range(most + 1):
-            left, room = max(low - count, 0), None if high is None else high - count
-            if extra is NONE or room == 0:
-                after.append(EMPTY if not left else NONE)
-            elif left > 1:
-                self.shapes.dead(
-                    f"'minProperties' at {state[0].path[:300]} over the number of known names needs names kept apart"
-                )
-                after.append(NONE)
-            else:
-                more = rep(
-                    self.grammar.share(seq(lit(","), self.grammar.share(extra))),
-                    max(left - 1, 0),
-                    None if room is None else room - 1,
-                )
-                some = seq(lit("," if count else ""), self.grammar.share(extra), more)
-                after.append(some if left else alt([some, EMPTY]))
-        for i in reversed(range(len(names))):
-            here = []
-            for count in range(min(most, i) + 1):
-                with_it = seq(lit("," if count else ""), pairs[names[i]], after[count + 1]) if count < most else NONE
-                here.append(self.grammar.share(with_it if names[i] in required else alt([with_it, after[count]])))
-            after = here
-        return seq(lit("{"), after[0], lit("}"))
+        if shape.low > len(parts) + (extra is not NONE):
+            self.shapes.dead(f"'minProperties' at {state[0].path[:300]} over the number of known names needs names kept apart")
+        parts = parts if extra is NONE else [*parts, rep(self.grammar.share(extra), 0, None)]
+        ordered = self.strict or len(parts) <= 1
+        inside = (self.grammar.in_turn if ordered else self.grammar.pick)(
+            Term("pick", parts=tuple(parts), low=shape.low, high=shape.high)
+        )
+        return self.framed("{", inside, "}")
 
     def with_some(self, shape: Object, state: State) -> Term:
         """There is a property of this name and value: one that has a name of its own, or one of the others."""
@@ -1274,22 +1229,12 @@ class Schema:
             if matches(key, name):
                 held = replace(plain, required=(*shape.required, name), sources=(*shape.sources, Source({name: value})))
                 ways.append(self.object(held, state) if self.shapes.alive(held) else NONE)
-        pairs = {
-            name: self.pair(name, self.shapes.of(shape, name), state)
-            for name in names
-            if self.shapes.satisfiable(self.shapes.of(shape, name))
-        }
         narrow = [(k, join(v, value)) for k, v in self.extras(replace(plain, keys=(*shape.keys, key)), names, state)]
         one = alt(seq(k, self.state(v)) for k, v in narrow if self.shapes.satisfiable(v))
         if one is not NONE:
             whole = alt(seq(k, self.state(v)) for k, v in self.extras(plain, names, state))
-            tail = seq(lit(","), one, rep(self.grammar.share(seq(lit(","), whole)), 0, None))
-            head = seq(one, rep(self.grammar.share(seq(lit(","), whole)), 0, None))
-            for name, pair in reversed(pairs.items()):
-                here, after = seq(pair, tail), seq(lit(","), pair, tail)
-                head, tail = (here, after) if name in shape.required else (alt([here, head]), alt([after, tail]))
-                head, tail = self.grammar.share(head), self.grammar.share(tail)
-            ways.append(seq(lit("{"), head, lit("}")))
+            parts = self.parts({name: self.shapes.of(shape, name) for name in names}, shape, state)
+            ways.append(self.members([*parts, self.grammar.share(one)], whole, plain, state))
         return alt(ways)
 
     _KIND: dict[Any, Callable[[Schema, Any, State], Term]] = {
