@@ -21,7 +21,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from grammar import Grammar, ebnf_grammar, lark_grammar, own_grammar, prefixed, quoted
+from grammar import Grammar, ebnf_grammar, lark_grammar, own_grammar, prefixed, quoted, spaced
 from json_schema import (
     CONSTRAINING,
     FORMATS,
@@ -78,7 +78,7 @@ from regular import (
     words,
 )
 
-__all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "object_grammar", "own_grammar", "prefixed", "regex_grammar", "regex_matches", "schema_grammar", "unknown_words", "violation"]  # fmt: skip
+__all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "object_grammar", "own_grammar", "prefixed", "regex_grammar", "regex_matches", "schema_grammar", "spaced", "unknown_words", "violation"]  # fmt: skip
 
 MAX_ALTERNATIVES, MAX_STATES, MAX_COUNTED, MAX_UNIQUE = 256, 4_000, 4_000, 5
 MAX_WORK = 30_000  # meetings of two shapes

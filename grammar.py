@@ -301,12 +301,15 @@ def _inline(term: Term) -> bool:
 
 def settle(rules: dict[str, Term], test: Callable[[Term, set[str]], bool]) -> set[str]:
     """The rules that pass the test, given that those found before pass it."""
-    users: dict[str, list[str]] = {}
-    for name, term in rules.items():
-        for used in _used(term):
-            users.setdefault(used, []).append(name)
     done: set[str] = set()
-    todo = deque(rules)
+    for name in reversed(rules):  # what a rule leads to mostly comes after it
+        if test(rules[name], done):
+            done.add(name)
+    todo = deque(name for name in rules if name not in done)
+    users: dict[str, list[str]] = {}
+    for name in todo:
+        for used in _used(rules[name]):
+            users.setdefault(used, []).append(name)
     while todo:
         name = todo.popleft()
         if name not in done and test(rules[name], done):
@@ -617,12 +620,21 @@ def prefixed(text: str, prefix: str) -> str:
     return _CORE_TOKEN.sub(lambda m: fresh(m[4]) if m[4] else m[0], text)
 
 
+def spaced(text: str) -> str:
+    """The same with any whitespace between two tokens, which llguidance alone can follow."""
+    return f'{text}{_SPACED} ::= ""\n'
+
+
+_SPACED = "spaced"
+
+
 def lark_grammar(text: str) -> str:
     """The core in llguidance's dialect of Lark (its own converter from GBNF breaks escapes).
 
     Its lexer takes the longest token and never goes back: what may begin alike must be a token as a whole, or of single characters.
     """
     rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
+    ignored = ["%ignore /[ \\n\\r\\t]+/"] if rules.pop(_SPACED, None) else []
     tokens = {name for name in rules if name[0] == "t"}
     if not any(m[4] and m[4] not in tokens for m in _CORE_TOKEN.finditer(rules["root"])):
         tokens.add("root")
@@ -636,7 +648,7 @@ def lark_grammar(text: str) -> str:
     for name, body in rules.items():
         body = _CORE_TOKEN.sub(convert, body)
         lines.append(_picked(name, body) if body[0] == "%" else f"{name.upper() if name in tokens else name}: {body}")
-    return "\n".join(lines)
+    return "\n".join(lines + ignored)
 
 
 _MEMBER = re.compile(r'("(?:[^"\\]|\\.)*"|/.*?/|\w+)([?*]?)')
@@ -684,6 +696,8 @@ def ebnf_grammar(text: str) -> str:
 
 def _ebnf(text: str) -> str:
     reader = Gbnf(text, core=True)
+    if text.endswith(spaced("")):
+        raise Unsupported("'whitespace': 'any' is not supported: only llguidance can follow it, leave it out")
     root = reader.read()
     rules = reader.grammar.rules
     for name, term in list(rules.items()):

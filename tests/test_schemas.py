@@ -33,6 +33,19 @@ def taker(grammar: str) -> Any:
     return takes
 
 
+def guided(grammar: str) -> Any:
+    """Whether llguidance takes a text."""
+    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tokens = llguidance.LLTokenizer("byte")
+
+    def takes(text: str) -> bool:
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+    return takes
+
+
 def compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
@@ -79,6 +92,11 @@ MEANINGS: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "object", "allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, ['{"a":1}', "{}"], ['{"b":1}']),
     ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]}, ["[[null],[]]", "null"], ["[1]"]),
     ({"type": "string", "maxlenght": 3, "x-foo": True, "format": "colour"}, ['"abcd"'], ["1"]),
+    ({"anyOf": [{"enum": [["a"], {"k": "v"}, {}]}, {"type": "array", "items": {"enum": ["b"]}}, {"type": "object", "required": ["z"]}]},
+     ['["a"]', '["b","b"]', "[]", '{"k":"v"}', "{}", '{"z":[]}'], ['["a","b"]', '{"k":1}']),
+    ({"type": "integer", "$schema": "http://json-schema.org/draft-04/schema#"}, ["1"], ["1.0", "1.5"]),
+    ({"properties": {"a": {"title": "A", "type": "null"}, "b": {"type": "null", "default": 1}, "c": {"properties": {"a": {"type": "null"}}}}, "type": "object"},
+     ['{"a":null,"b":null,"c":{"a":null,"b":1}}'], ['{"a":1}', '{"b":1}', '{"c":{"a":1}}']),
     ({"enum": [["a"], {"k": 1}, "x"], "type": ["array", "object"], "minItems": 1}, ['["a"]', '{"k":1}'], ['"x"']),
 ]  # fmt: skip
 
@@ -94,16 +112,61 @@ def test_meaning(schema: Any, good: list[str], bad: list[str]) -> None:
 
 @pytest.mark.parametrize("schema,good,bad", MEANINGS, ids=range(len(MEANINGS)))
 def test_meaning_in_the_engines_own_matchers(schema: Any, good: list[str], bad: list[str]) -> None:
-    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
-    tokens, grammar = llguidance.LLTokenizer("byte"), c.lark_grammar(c.schema_grammar(schema))
-
-    def takes(text: str) -> bool:
-        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
-
+    takes = guided(c.lark_grammar(c.schema_grammar(schema)))
     assert [text for text in good if not takes(text)] == []
     assert [text for text in bad if takes(text)] == []
+
+
+ABC = {name: {"type": "integer"} for name in "abcdefg"}
+# (schema, texts that only llguidance takes beside those that all do, texts that it does not)
+BEYOND_EBNF: list[tuple[Any, list[str], list[str]]] = [
+    (
+        {"type": "object", "properties": ABC, "maxProperties": 3, "required": ["g"]},
+        ['{"g":1}', '{"g":1,"b":2,"a":3}', '{"x":0,"g":1,"y":2}'],
+        ['{"a":1}', '{"g":1,"b":2,"a":3,"c":4}', '{"g":1,"x":0,"y":0,"z":0}', '{"g":1,"g":1}'],
+    ),
+    (
+        {"type": "object", "properties": ABC, "minProperties": 2},
+        ['{"g":1,"a":2}', '{"x":1,"a":2}'],
+        ["{}", '{"a":1}', '{"x":1,"x":2}'],
+    ),
+    (
+        {"type": "object", "properties": ABC, "required": [*"gfedcba", *"zyxwv"]},
+        ["{" + ",".join(f'"{name}":1' for name in "zaybxcwdvefg") + "}"],
+        ["{" + ",".join(f'"{name}":1' for name in "zaybxcwdvef") + "}"],
+    ),
+    (
+        {"type": "array", "items": {"enum": [*"abcdefghijkl"]}, "uniqueItems": True, "minItems": 2, "maxItems": 3},
+        ['["l","a"]', '["c","b","a"]'],
+        ['["a"]', '["a","b","a"]', '["d","c","b","a"]'],
+    ),
+]
+SPREAD = {"type": "object", "properties": {str(i): {} for i in range(99)}, "required": ["98", "0"]}
+
+
+@pytest.mark.parametrize("schema,good,bad", BEYOND_EBNF, ids=range(len(BEYOND_EBNF)))
+def test_any_order(schema: Any, good: list[str], bad: list[str]) -> None:
+    """Of many members, in llguidance; what EBNF has of them is less, and never more."""
+    takes, less = guided(c.lark_grammar(c.schema_grammar(schema))), taker(c.schema_grammar(schema))
+    assert [text for text in good if not takes(text) or c.violation(schema, json.loads(text))] == []
+    assert [text for text in bad if takes(text) or less(text)] == []
+
+
+def test_too_many_members_to_be_counted() -> None:
+    takes = guided(c.lark_grammar(c.schema_grammar(SPREAD)))
+    assert takes('{"98":1,"5":2,"0":3,"x":4}')
+    assert not takes('{"98":1,"5":2}')
+
+
+def test_whitespace() -> None:
+    """Between tokens, not in them; only llguidance knows how."""
+    grammar = c.spaced(c.writing_grammar({"type": "object", "properties": {"a": {"items": {"enum": [1, {"k": "b c"}]}}}}))
+    takes = guided(c.lark_grammar(grammar))
+    assert takes('{"a":[1,{"k":"b c"}]}') and takes('{\n  "a": [1, 1,\t{ "k": "b c" } ]\n}')
+    assert not takes('{"a":[1 1]}') and not takes('{"a ":[]}') and not takes('{"a":[{"k":"bc"}]}')
+    assert not guided(c.lark_grammar(grammar.removesuffix(c.spaced(""))))('{ "a":[1]}')
+    with pytest.raises(c.Unsupported, match="whitespace"):
+        c.ebnf_grammar(grammar)
 
 
 def test_strict_keeps_the_order_and_to_what_is_named() -> None:
