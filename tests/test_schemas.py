@@ -1,6 +1,6 @@
 """What schemas mean, seen from both sides: the texts that a grammar takes and the values that the check lets through.
 
-The JSON Schema Test Suite is looked for at JSON_SCHEMA_TEST_SUITE (a checkout, or the folder `json` of the jsonschema package's sdist).
+The JSON Schema Test Suite comes from JSON_SCHEMA_TEST_SUITE where that names a checkout of it, else with an sdist by pip.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import collections
 import json
 import os
 import pathlib
+import subprocess
+import sys
+import tarfile
 from typing import Any
 
 import pytest
@@ -22,9 +25,10 @@ def taker(grammar: str) -> Any:
     """Whether a text is in a grammar, found out by this project's own automaton over the EBNF: no engine."""
     reader = Gbnf(c.ebnf_grammar(grammar), core=True)
     root = reader.read()
+    automaton = Automaton(rules=reader.grammar.rules)
 
     def takes(text: str) -> bool:
-        automaton = Automaton(10_000_000, reader.grammar.rules)
+        automaton.budget = 10_000_000
         state = automaton.start(root)
         for char in text:
             state = automaton.step(state, ord(char))
@@ -199,16 +203,44 @@ def test_grammars_are_put_together() -> None:
     assert takes("<12>") and takes("<[[],[]]>") and not takes("<true>")
 
 
+SUITE = "jsonschema==4.26.0"  # its sdist carries the JSON Schema Test Suite in the folder json
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    if home := os.environ.get("JSON_SCHEMA_TEST_SUITE"):
+        return pathlib.Path(home)
+    folder = tmp_path_factory.mktemp("suite")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        "jsonschema",
+        SUITE,
+        "-d",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{SUITE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as tar:
+        tests = [member for member in tar if "/json/tests/" in member.name]
+        tar.extractall(folder, tests, filter="data")
+    return folder
+
+
 DRAFTS = {"draft4": 4, "draft6": 6, "draft7": 7, "draft2019-09": 2019, "draft2020-12": 2020}
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_the_json_schema_test_suite(draft: str) -> None:
+def test_the_json_schema_test_suite(draft: str, suite: pathlib.Path) -> None:
     """Each schema of the required tests is honoured or refused by name, and no verdict is wrong."""
-    home = os.environ.get("JSON_SCHEMA_TEST_SUITE", "")
-    files = sorted(pathlib.Path(home).glob(f"**/tests/{draft}/*.json")) if home else []
-    if not files:
-        pytest.skip("JSON_SCHEMA_TEST_SUITE names no folder with the JSON Schema Test Suite")
+    files = sorted(suite.glob(f"**/tests/{draft}/*.json"))
+    assert len(files) > 30
     counts: collections.Counter[str] = collections.Counter()
     wrong = []
     for file in files:
