@@ -291,10 +291,17 @@ class Meetings:
 
     def item(self, node: Any, base: str, path: str, positive: bool = True) -> State:
         base = self.document.within(node, base)
-        if isinstance(node, dict) and not node.keys() & CONSTRAINING:
+        for _ in range(MAX_DEPTH):
+            if not isinstance(node, dict) or node.keys() & CONSTRAINING != {"$ref"} or not isinstance(node["$ref"], str):
+                break
+            node, base = self.document.find(node["$ref"], base, path)  # which it says, and nothing more
+            base = self.document.within(node, base)
+        if isinstance(node, dict) and node.keys().isdisjoint(CONSTRAINING):
             node = True
         if isinstance(node, bool):
             return () if node is positive else FALSE
+        if not isinstance(node, dict):
+            refuse(json.dumps(node)[:40], path)
         return (Item(node, base, positive, path, self.document.number(node)),)
 
     def expand(self, state: State) -> list[Shape]:
@@ -302,7 +309,7 @@ class Meetings:
         if key not in self.known:
             if len(self.known) > MAX_STATES:
                 raise Unsupported("a schema of so many places and alternatives is not supported")
-            found: list[Shape] = list(EVERY)
+            found = _EVERY
             for item in state:
                 found = self.meet(found, self.shapes(item, ()))
             self.known[key] = self.merged(found)
@@ -363,6 +370,8 @@ class Meetings:
     def meet(self, left: list[Shape], right: list[Shape]) -> list[Shape]:
         if right is _EVERY or left == right:
             return left
+        if left is _EVERY:
+            return right
         found = []
         for a in left:
             for b in right:
@@ -718,10 +727,12 @@ class Shapes(Failures):
 
     def typed(self, node: dict[str, Any], item: Item) -> list[Shape]:
         """What the keywords of each type leave of it."""
-        kinds = kinds_of(node) or list(TYPES) + ["number"]
+        kinds = kinds_of(node) or list(_SHAPE_OF)
         if "number" in kinds:
             kinds = [kind for kind in kinds if kind != "integer"]
         found: list[Shape] = []
+        if node.keys().isdisjoint(_OF_A_TYPE):
+            found, kinds = _EVERY, []
         for kind in dict.fromkeys(kinds):
             shape = _SHAPE_OF[kind]
             words_of = OF_TYPE.get("number" if kind == "integer" else kind, ())
@@ -734,7 +745,7 @@ class Shapes(Failures):
         for word in ("enum", "const"):
             if word in node:
                 members: list[Shape] = [Fixed(tuple(node["enum"] if word == "enum" else [node["const"]]))]
-                found = members if found == _EVERY else self.meet(members, found)
+                found = self.meet(members, found)
                 if not found:
                     self.dead(f"'{word}' at {item.path[:300]} has no member that satisfies the other keywords")
         return found
@@ -912,6 +923,7 @@ class Shapes(Failures):
 
 
 _EVERY: list[Shape] = list(EVERY)
+_OF_A_TYPE = {"type", *(word for words_of in OF_TYPE.values() for word in words_of)}
 
 
 # ---- shapes as a grammar

@@ -93,7 +93,7 @@ class Grammar:
         """A fresh rule: a token where its term is whole and leads to no other, else to be filled in."""
         if len(self.rules) >= MAX_RULES:
             raise Unsupported(f"a grammar of more than {MAX_RULES} rules is not supported")
-        fresh = f"{'r' if term is None or self.structured(term) else 't'}{len(self.rules)}"
+        fresh = f"{'r' if term is None or has(term, 'ref', 'pick') else 't'}{len(self.rules)}"
         term = term or EMPTY
         self.rules[fresh] = term
         return fresh
@@ -110,11 +110,6 @@ class Grammar:
         if term not in self.names:
             self.names[term] = Term("ref", self.name(self.spelled(term)))
         return self.names[term]
-
-    def structured(self, term: Term) -> bool:
-        if term.op == "ref":
-            return term.text[0] == "r"
-        return term.op == "pick" or any(map(self.structured, term.parts))
 
     def spelled(self, term: Term) -> Term:
         """Remainders have no notation: what they are part of is written as its states, one rule each."""

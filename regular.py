@@ -34,10 +34,13 @@ class Unsupported(ValueError):
 Ranges = tuple[tuple[int, int], ...]
 
 
+_BITS = {"and": 1, "mod": 2, "rep": 4, "pick": 8, "ref": 16}
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """A piece of grammar: 'lit' text, 'set' ranges, 'ref' text, 'seq' parts, 'alt' parts, 'rep' parts[0] low..high,
-    'and' parts (in all of them), 'not' parts[0] (any text but these; only as a part of 'and', never its first),
+    'pick' parts low..high (grammar.py), 'and' parts (in all of them), 'not' parts[0] (any text but these; only as a part of 'and', never its first),
     'mod' low (decimals of at most `high` places of which low / 10**high is a divisor)."""
 
     op: str
@@ -49,6 +52,10 @@ class Term:
 
     def __post_init__(self) -> None:  # deep terms are keys of many tables: each is hashed once, from its parts' hashes
         object.__setattr__(self, "_hash", hash((self.op, self.text, self.parts, self.ranges, self.low, self.high)))
+        ops = _BITS.get(self.op, 0) if self.op != "ref" or self.text[0] == "r" else 0
+        for part in self.parts:
+            ops |= part.ops  # type: ignore[attr-defined]
+        object.__setattr__(self, "ops", ops)
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
@@ -981,5 +988,5 @@ def multiples(step: Fraction, most: int = 2_000) -> Term:
 
 
 def has(term: Term, *ops: str) -> bool:
-    """Whether one of these kinds is anywhere in the term."""
-    return term.op in ops or any(has(part, *ops) for part in term.parts)
+    """Whether one of these kinds is anywhere in the term; of references, those to rules that are no tokens."""
+    return bool(term.ops & sum(_BITS[op] for op in ops))  # type: ignore[attr-defined]
