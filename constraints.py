@@ -12,6 +12,7 @@ these properties… A place in a document holds a state, the schemas that its va
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter, deque
@@ -1011,7 +1012,7 @@ class Schema:
 
     def string(self, term: Term, after: str = "") -> Term:
         """A string, or with its colon a name: one token, as a name that is known is one."""
-        return self.grammar.rule(seq(quoted(term), lit(after))) if term is not NONE else NONE
+        return NONE if term is NONE else self.grammar.rule(quoted(term, after))
 
     def fixed(self, shape: Fixed, state: State) -> Term:
         try:
@@ -1262,10 +1263,16 @@ class Schema:
 
 
 def _bounded(work: Callable[[], Any]) -> Any:
+    """Raises Unsupported where the work recurses too deep. It leaves no garbage: to look for some amid it takes longer than the work."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
         return work()
     except RecursionError:
         raise Unsupported("nesting this deep is not supported") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def schema_grammar(schema: Any, draft: int = 0, strict: bool = False) -> str:

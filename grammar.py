@@ -383,8 +383,11 @@ def in_json(term: Term) -> Term:
     return Term(term.op, parts=tuple(map(in_json, term.parts)))
 
 
-def quoted(term: Term) -> Term:
-    return seq(lit('"'), in_json(term), lit('"'))
+def quoted(term: Term, after: str = "") -> Term:
+    """As a JSON string. Of texts in all of several terms, each is one: what strings are is then the same for every name."""
+    if term.op in ("and", "not"):
+        return Term(term.op, parts=tuple(quoted(part, after) for part in term.parts))
+    return seq(lit('"'), in_json(term), lit('"' + after))
 
 
 # ---- grammars in the client's own words, and the core's own lines
@@ -740,7 +743,7 @@ def _counted(part: Term, low: int, high: int | None) -> Term:
 def _few_states(term: Term, rules: dict[str, Term]) -> States:
     """The states of an &. xgrammar works out the vocabulary for each, so of many words to be kept apart, what begins alike goes too."""
     made = States(term, rules)
-    for length in (3, 2, 1):
+    for length in (4, 3, 2):  # with the quotation mark
         if len(made.ends) > MAX_MASKS:
             parts = [_begun(part, rules, length) if part.op == "not" else part for part in term.parts]
             shorter = both(*parts)
