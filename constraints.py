@@ -483,214 +483,7 @@ class Meetings:
         raise NotImplementedError
 
 
-class Failures(Meetings):
-    """What does not satisfy a schema, word by word: for `not`, and for what `oneOf` and `if` leave out."""
-
-    # what does not satisfy a schema
-
-    def failed(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
-        """A value fails a schema when it fails one of its keywords."""
-        found: list[Shape] = []
-        for word in {self._WITH.get(word, word) for word in node if word in CONSTRAINING}:
-            made = self._FAILED[word](self, node, item) if word in self._FAILED else self.failed_applied(word, node, item, seen)
-            found += [self.unseen(shape) for shape in made if self.alive(shape)]
-        return self.union([found])
-
-    @staticmethod
-    def unseen(shape: Shape) -> Shape:
-        if isinstance(shape, Object):
-            return replace(
-                shape, sources=tuple(replace(source, sees=False) if source.sees else source for source in shape.sources)
-            )
-        return replace(shape, blind=True) if isinstance(shape, Array) else shape
-
-    _WITH = dict.fromkeys(("maximum", "exclusiveMinimum", "exclusiveMaximum"), "minimum")  # turned round together
-    _WITH |= {
-        "const": "enum",
-        "prefixItems": "items",
-        "additionalItems": "items",
-        "minContains": "contains",
-        "maxContains": "contains",
-    }
-    _WITH |= {"then": "if", "else": "if"}
-
-    def no_negation(self, word: str, item: Item) -> NoReturn:
-        raise Unsupported(f"'not of '{word}' at {item.path[:300]}, which is not supported")
-
-    def failed_applied(self, word: str, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
-        if word == "$ref":
-            target = self.document.find(node["$ref"], item.base, item.path)
-            return self.entered(*target, item.path, False, seen)
-        if word == "not":
-            return self.sub(item, "not", node["not"], True, seen)
-        if word == "allOf":
-            return self.union(self.sub(item, f"allOf[{i}]", member, False, seen) for i, member in enumerate(node["allOf"]))
-        if word in ("anyOf", "oneOf"):
-            none: list[Shape] = _EVERY
-            for i, member in enumerate(node[word]):
-                none = self.meet(none, self.sub(item, f"{word}[{i}]", member, False, seen))
-            made = (
-                [self.sub(item, f"{word}[{i}]", member, True, seen) for i, member in enumerate(node[word])]
-                if word == "oneOf"
-                else []
-            )
-            return self.union([none, *(self.meet(a, b) for i, a in enumerate(made) for b in made[:i])])
-        if word == "if":
-            return (
-                self.union(self.branches(node, item, False, seen)) if "if" in node and self.document.draft not in (4, 6) else []
-            )
-        if word in ("dependentRequired", "dependentSchemas", "dependencies"):
-            found: list[Shape] = []
-            for name, asked in dependencies_of({word: node[word]}, item.path):
-                present: list[Shape] = [Object(required=(name,))]
-                if isinstance(asked, list):
-                    found += [Object(required=(name,), sources=(Source({one: FALSE}),)) for one in asked if one != name]
-                else:
-                    found += self.meet(present, self.sub(item, word, asked, False, seen))
-            return found
-        self.no_negation(word, item)
-
-    def _not_type(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        kinds = kinds_of(node) or []
-        found = [_SHAPE_OF[kind] for kind in (*TYPES, "number") if kind not in kinds]
-        if "integer" in kinds and "number" not in kinds:
-            found = [shape for shape in found if not isinstance(shape, Number)] + [Number(terms=(_FRACTIONAL,))]
-        return found
-
-    def _not_values(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        """Neither in enum nor const, or not in both: a value fails when it is missing in one of them."""
-        lists = [*([node["enum"]] if "enum" in node else []), *([[node["const"]]] if "const" in node else [])]
-        return [shape for members in lists for shape in self._none_of(members, item)]
-
-    def _none_of(self, members: list[Any], item: Item) -> list[Shape]:
-        left = [value for value in (None, False, True) if all(key_of(value) != key_of(member) for member in members)]
-        texts = dict.fromkeys(member for member in members if isinstance(member, str))
-        numbers = [exact(member) for member in members if is_a(member, "number")]
-        digits = [seq(lit(plain_digits(number)), rep(lit("0"), 0, None) if number.denominator > 1 else rep(seq(lit("."), rep(lit("0"), 1, None)), 0, 1)) for number in numbers]  # fmt: skip
-        found: list[Shape] = [Fixed(tuple(left))] if left else []
-        found += [Text(terms=(other(words(texts)),) if texts else ()), Number(terms=(other(alt(digits)),) if digits else ())]
-        for shape, kind in ((Array(), list), (Object(), dict)):
-            same = [member for member in members if isinstance(member, kind)]
-            if any(same):
-                self.no_negation("enum", item)
-            found.append(replace(shape, low=1) if same else shape)
-        return found
-
-    def _not_required(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        return [Object(sources=(Source({name: FALSE}),)) for name in required_of(node)]
-
-    def _not_properties(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        found: list[Shape] = []
-        for name, sub in node["properties"].items():
-            state = self.item(sub, item.base, step_to(f"{item.path}.properties", name), False)
-            if state != FALSE and self.satisfiable(state):
-                found.append(Object(required=(name,), sources=(Source({name: state}),)))
-        return found
-
-    def _not_additional(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        state = self.item(node["additionalProperties"], item.base, f"{item.path}.additionalProperties", False)
-        known = [other(words(node["properties"]))] if node.get("properties") else []
-        known += [other(self.pattern(pattern, item)) for pattern in node.get("patternProperties", {})]
-        return [] if state == FALSE else [Object(some=((both(ANY, *known), state),))]
-
-    def _not_patterns(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        states = [(pattern, self.item(sub, item.base, item.path, False)) for pattern, sub in node["patternProperties"].items()]
-        return [Object(some=((self.pattern(pattern, item), state),)) for pattern, state in states if state != FALSE]
-
-    def _not_names(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        found = self.key_term(self.item(node["propertyNames"], item.base, f"{item.path}.propertyNames", False))
-        return [] if found is NONE else [Object(some=((found, ()),))]
-
-    def _not_items(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        first, rest = tuple_of(node)
-        found: list[Shape] = []
-        for i, sub in enumerate(first):
-            state = self.item(sub, item.base, f"{item.path}.prefixItems[{i}]", False)
-            if state != FALSE:
-                found.append(Array(low=i + 1, first=(*[()] * i, state)))
-        state = self.item(rest, item.base, f"{item.path}.items", False)
-        if state == ():
-            found.append(Array(low=len(first) + 1))
-        elif state != FALSE:
-            if first:
-                self.no_negation("items", item)
-            found.append(Array(contains=((state, 1, None),)))
-        return found
-
-    def _not_contains(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        if "contains" not in node:
-            return []
-        low, high = int(node.get("minContains", 1)), node.get("maxContains")
-        state = self.item(node["contains"], item.base, f"{item.path}.contains")
-        opposite = self.item(node["contains"], item.base, f"{item.path}.contains", False)
-        found: list[Shape] = [Array(rest=opposite) if low == 1 else Array(contains=((state, 0, low - 1),))] if low else []
-        return found + ([Array(contains=((state, int(high) + 1, None),))] if high is not None else [])
-
-    def _not_bounds(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        low, high = bounds_of(node)
-        found: list[Shape] = [Number(high=(low[0], not low[1]))] if low else []
-        return found + ([Number(low=(high[0], not high[1]))] if high else [])
-
-    def _not_multiple(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        return [Number(terms=(other(both(decimals(None, None, True), multiples(exact(node["multipleOf"])))),))]
-
-    def _not_pattern(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        return [Text(terms=(other(self.pattern(node["pattern"], item)),))]
-
-    def _not_format(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        return [Text(terms=(other(format_term(node["format"])),))] if node["format"] in FORMATS else []
-
-    def _not_count(word: str, shape: Any, above: bool) -> Any:  # type: ignore[misc]  # noqa: N805
-        def failed(self: Failures, node: dict[str, Any], item: Item) -> list[Shape]:
-            limit = int(node[word])
-            return [replace(shape, low=limit + 1)] if above else [replace(shape, high=limit - 1)] if limit else []
-
-        return failed
-
-    _FAILED: dict[str, Callable[[Failures, dict[str, Any], Item], list[Shape]]] = {
-        "type": _not_type,
-        "enum": _not_values,
-        "required": _not_required,
-        "properties": _not_properties,
-        "additionalProperties": _not_additional,
-        "patternProperties": _not_patterns,
-        "propertyNames": _not_names,
-        "items": _not_items,
-        "contains": _not_contains,
-        "minimum": _not_bounds,
-        "multipleOf": _not_multiple,
-        "pattern": _not_pattern,
-        "format": _not_format,
-        "minLength": _not_count("minLength", Text(), False),
-        "maxLength": _not_count("maxLength", Text(), True),
-        "minItems": _not_count("minItems", Array(), False),
-        "maxItems": _not_count("maxItems", Array(), True),
-        "minProperties": _not_count("minProperties", Object(), False),
-        "maxProperties": _not_count("maxProperties", Object(), True),
-    }
-
-    # what a subclass knows of satisfying one
-
-    def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
-        raise NotImplementedError
-
-    def entered(self, node: Any, base: str, path: str, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
-        raise NotImplementedError
-
-    def union(self, parts: Iterable[list[Shape]]) -> list[Shape]:
-        raise NotImplementedError
-
-    def branches(self, node: dict[str, Any], item: Item, positive: bool, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
-        raise NotImplementedError
-
-    def key_term(self, state: State) -> Term:
-        raise NotImplementedError
-
-    def pattern(self, pattern: str, item: Item) -> Term:
-        raise NotImplementedError
-
-
-class Shapes(Failures):
+class Shapes(Meetings):
     """States taken apart into shapes: a value satisfies the state if it is in one of them."""
 
     # one schema
@@ -922,6 +715,196 @@ class Shapes(Failures):
                 found.append(shape)
         return found
 
+    def failed(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        raise NotImplementedError
+
+
+class WithFailures(Shapes):
+    """What does not satisfy a schema, word by word: for `not`, and for what `oneOf` and `if` leave out."""
+
+    # what does not satisfy a schema
+
+    def failed(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        """A value fails a schema when it fails one of its keywords."""
+        found: list[Shape] = []
+        for word in {self._WITH.get(word, word) for word in node if word in CONSTRAINING}:
+            made = self._FAILED[word](self, node, item) if word in self._FAILED else self.failed_applied(word, node, item, seen)
+            found += [self.unseen(shape) for shape in made if self.alive(shape)]
+        return self.union([found])
+
+    @staticmethod
+    def unseen(shape: Shape) -> Shape:
+        if isinstance(shape, Object):
+            return replace(
+                shape, sources=tuple(replace(source, sees=False) if source.sees else source for source in shape.sources)
+            )
+        return replace(shape, blind=True) if isinstance(shape, Array) else shape
+
+    _WITH = dict.fromkeys(("maximum", "exclusiveMinimum", "exclusiveMaximum"), "minimum")  # turned round together
+    _WITH |= {
+        "const": "enum",
+        "prefixItems": "items",
+        "additionalItems": "items",
+        "minContains": "contains",
+        "maxContains": "contains",
+    }
+    _WITH |= {"then": "if", "else": "if"}
+
+    def no_negation(self, word: str, item: Item) -> NoReturn:
+        raise Unsupported(f"'not of '{word}' at {item.path[:300]}, which is not supported")
+
+    def failed_applied(self, word: str, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        if word == "$ref":
+            target = self.document.find(node["$ref"], item.base, item.path)
+            return self.entered(*target, item.path, False, seen)
+        if word == "not":
+            return self.sub(item, "not", node["not"], True, seen)
+        if word == "allOf":
+            return self.union(self.sub(item, f"allOf[{i}]", member, False, seen) for i, member in enumerate(node["allOf"]))
+        if word in ("anyOf", "oneOf"):
+            none: list[Shape] = _EVERY
+            for i, member in enumerate(node[word]):
+                none = self.meet(none, self.sub(item, f"{word}[{i}]", member, False, seen))
+            made = (
+                [self.sub(item, f"{word}[{i}]", member, True, seen) for i, member in enumerate(node[word])]
+                if word == "oneOf"
+                else []
+            )
+            return self.union([none, *(self.meet(a, b) for i, a in enumerate(made) for b in made[:i])])
+        if word == "if":
+            return (
+                self.union(self.branches(node, item, False, seen)) if "if" in node and self.document.draft not in (4, 6) else []
+            )
+        if word in ("dependentRequired", "dependentSchemas", "dependencies"):
+            found: list[Shape] = []
+            for name, asked in dependencies_of({word: node[word]}, item.path):
+                present: list[Shape] = [Object(required=(name,))]
+                if isinstance(asked, list):
+                    found += [Object(required=(name,), sources=(Source({one: FALSE}),)) for one in asked if one != name]
+                else:
+                    found += self.meet(present, self.sub(item, word, asked, False, seen))
+            return found
+        self.no_negation(word, item)
+
+    def _not_type(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        kinds = kinds_of(node) or []
+        found = [_SHAPE_OF[kind] for kind in (*TYPES, "number") if kind not in kinds]
+        if "integer" in kinds and "number" not in kinds:
+            found = [shape for shape in found if not isinstance(shape, Number)] + [Number(terms=(_FRACTIONAL,))]
+        return found
+
+    def _not_values(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        """Neither in enum nor const, or not in both: a value fails when it is missing in one of them."""
+        lists = [*([node["enum"]] if "enum" in node else []), *([[node["const"]]] if "const" in node else [])]
+        return [shape for members in lists for shape in self._none_of(members, item)]
+
+    def _none_of(self, members: list[Any], item: Item) -> list[Shape]:
+        left = [value for value in (None, False, True) if all(key_of(value) != key_of(member) for member in members)]
+        texts = dict.fromkeys(member for member in members if isinstance(member, str))
+        numbers = [exact(member) for member in members if is_a(member, "number")]
+        digits = [seq(lit(plain_digits(number)), rep(lit("0"), 0, None) if number.denominator > 1 else rep(seq(lit("."), rep(lit("0"), 1, None)), 0, 1)) for number in numbers]  # fmt: skip
+        found: list[Shape] = [Fixed(tuple(left))] if left else []
+        found += [Text(terms=(other(words(texts)),) if texts else ()), Number(terms=(other(alt(digits)),) if digits else ())]
+        for shape, kind in ((Array(), list), (Object(), dict)):
+            same = [member for member in members if isinstance(member, kind)]
+            if any(same):
+                self.no_negation("enum", item)
+            found.append(replace(shape, low=1) if same else shape)
+        return found
+
+    def _not_required(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Object(sources=(Source({name: FALSE}),)) for name in required_of(node)]
+
+    def _not_properties(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        found: list[Shape] = []
+        for name, sub in node["properties"].items():
+            state = self.item(sub, item.base, step_to(f"{item.path}.properties", name), False)
+            if state != FALSE and self.satisfiable(state):
+                found.append(Object(required=(name,), sources=(Source({name: state}),)))
+        return found
+
+    def _not_additional(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        state = self.item(node["additionalProperties"], item.base, f"{item.path}.additionalProperties", False)
+        known = [other(words(node["properties"]))] if node.get("properties") else []
+        known += [other(self.pattern(pattern, item)) for pattern in node.get("patternProperties", {})]
+        return [] if state == FALSE else [Object(some=((both(ANY, *known), state),))]
+
+    def _not_patterns(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        states = [(pattern, self.item(sub, item.base, item.path, False)) for pattern, sub in node["patternProperties"].items()]
+        return [Object(some=((self.pattern(pattern, item), state),)) for pattern, state in states if state != FALSE]
+
+    def _not_names(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        found = self.key_term(self.item(node["propertyNames"], item.base, f"{item.path}.propertyNames", False))
+        return [] if found is NONE else [Object(some=((found, ()),))]
+
+    def _not_items(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        first, rest = tuple_of(node)
+        found: list[Shape] = []
+        for i, sub in enumerate(first):
+            state = self.item(sub, item.base, f"{item.path}.prefixItems[{i}]", False)
+            if state != FALSE:
+                found.append(Array(low=i + 1, first=(*[()] * i, state)))
+        state = self.item(rest, item.base, f"{item.path}.items", False)
+        if state == ():
+            found.append(Array(low=len(first) + 1))
+        elif state != FALSE:
+            if first:
+                self.no_negation("items", item)
+            found.append(Array(contains=((state, 1, None),)))
+        return found
+
+    def _not_contains(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        if "contains" not in node:
+            return []
+        low, high = int(node.get("minContains", 1)), node.get("maxContains")
+        state = self.item(node["contains"], item.base, f"{item.path}.contains")
+        opposite = self.item(node["contains"], item.base, f"{item.path}.contains", False)
+        found: list[Shape] = [Array(rest=opposite) if low == 1 else Array(contains=((state, 0, low - 1),))] if low else []
+        return found + ([Array(contains=((state, int(high) + 1, None),))] if high is not None else [])
+
+    def _not_bounds(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        low, high = bounds_of(node)
+        found: list[Shape] = [Number(high=(low[0], not low[1]))] if low else []
+        return found + ([Number(low=(high[0], not high[1]))] if high else [])
+
+    def _not_multiple(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Number(terms=(other(both(decimals(None, None, True), multiples(exact(node["multipleOf"])))),))]
+
+    def _not_pattern(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Text(terms=(other(self.pattern(node["pattern"], item)),))]
+
+    def _not_format(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        return [Text(terms=(other(format_term(node["format"])),))] if node["format"] in FORMATS else []
+
+    def _not_count(word: str, shape: Any, above: bool) -> Any:  # type: ignore[misc]  # noqa: N805
+        def failed(self: WithFailures, node: dict[str, Any], item: Item) -> list[Shape]:
+            limit = int(node[word])
+            return [replace(shape, low=limit + 1)] if above else [replace(shape, high=limit - 1)] if limit else []
+
+        return failed
+
+    _FAILED: dict[str, Callable[[WithFailures, dict[str, Any], Item], list[Shape]]] = {
+        "type": _not_type,
+        "enum": _not_values,
+        "required": _not_required,
+        "properties": _not_properties,
+        "additionalProperties": _not_additional,
+        "patternProperties": _not_patterns,
+        "propertyNames": _not_names,
+        "items": _not_items,
+        "contains": _not_contains,
+        "minimum": _not_bounds,
+        "multipleOf": _not_multiple,
+        "pattern": _not_pattern,
+        "format": _not_format,
+        "minLength": _not_count("minLength", Text(), False),
+        "maxLength": _not_count("maxLength", Text(), True),
+        "minItems": _not_count("minItems", Array(), False),
+        "maxItems": _not_count("maxItems", Array(), True),
+        "minProperties": _not_count("minProperties", Object(), False),
+        "maxProperties": _not_count("maxProperties", Object(), True),
+    }
+
 
 _EVERY: list[Shape] = list(EVERY)
 _OF_A_TYPE = {"type", *(word for words_of in OF_TYPE.values() for word in words_of)}
@@ -965,7 +948,7 @@ class Schema:
 
     def __init__(self, root: Any, draft: int = 0, strict: bool = False) -> None:
         self.document, self.strict = Document(root, draft), strict
-        self.shapes, self.grammar = Shapes(self.document), Grammar()
+        self.shapes, self.grammar = WithFailures(self.document), Grammar()
         self.refs: dict[tuple[Any, ...], Term] = {}
         self.todo: deque[tuple[str, State]] = deque()
         self.pairs: dict[Any, Term] = {}

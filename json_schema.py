@@ -72,51 +72,28 @@ def format_term(name: str) -> Term:
 
 
 _NOTES = {
-    "title",
-    "description",
-    "default",
-    "examples",
-    "$schema",
-    "$id",
-    "id",
-    "$comment",
-    "deprecated",
-    "readOnly",
-    "writeOnly",
+    "title", "description", "default", "examples", "$schema", "$id", "id", "$comment", "deprecated", "readOnly", "writeOnly", "$anchor",
+    "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "contentEncoding", "contentMediaType", "contentSchema", "$defs", "definitions",
+}  # fmt: skip
+_COUNT, _BOUND, _LIST, _NODE, _MAP = (int,), (int, float), (list,), (dict, bool), (dict,)
+_KINDS: dict[Any, str] = {
+    _COUNT: "minLength maxLength minItems maxItems minProperties maxProperties minContains maxContains",
+    _BOUND: "minimum maximum multipleOf",
+    (int, float, bool): "exclusiveMinimum exclusiveMaximum",
+    _LIST: "enum anyOf oneOf allOf prefixItems",
+    _NODE: "additionalProperties additionalItems contains propertyNames not if then else unevaluatedProperties unevaluatedItems",
+    (str,): "pattern format $ref $dynamicRef $recursiveRef",
+    _MAP: "properties patternProperties dependentSchemas dependencies dependentRequired $defs definitions",
+    (dict, bool, list): "items",
+    (list, bool): "required",  # true inside a property is draft 3's: an annotation, told with a hint
+    (bool,): "uniqueItems",
+    (str, list): "type",
+    (object,): "const",
 }
-_NOTES |= {
-    "$anchor",
-    "$dynamicAnchor",
-    "$recursiveAnchor",
-    "$vocabulary",
-    "contentEncoding",
-    "contentMediaType",
-    "contentSchema",
-}
-_NOTES |= {"$defs", "definitions"}
-_COUNT, _BOUND, _LIST, _NODE, _NAMES, _MAP = (int,), (int, float), (list,), (dict, bool), (list,), (dict,)
-_SHAPES: dict[str, Any] = {
-    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
-    **dict.fromkeys(("minContains", "maxContains"), _COUNT),
-    **dict.fromkeys(("minimum", "maximum", "multipleOf"), _BOUND),
-    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), (int, float, bool)),
-    **dict.fromkeys(("enum", "anyOf", "oneOf", "allOf", "prefixItems"), _LIST),
-    **dict.fromkeys(
-        ("additionalProperties", "additionalItems", "contains", "propertyNames", "not", "if", "then", "else"), _NODE
-    ),
-    **dict.fromkeys(("unevaluatedProperties", "unevaluatedItems"), _NODE),
-    **dict.fromkeys(("pattern", "format", "$ref", "$dynamicRef", "$recursiveRef"), (str,)),
-    **dict.fromkeys(("properties", "patternProperties", "dependentSchemas", "dependencies"), _MAP),
-    **dict.fromkeys(("dependentRequired", "$defs", "definitions"), _MAP),
-    "items": (dict, bool, list),
-    "required": (list, bool),  # true inside a property is draft 3's: an annotation, told with a hint
-    "uniqueItems": (bool,),
-    "type": (str, list),
-    "const": (object,),
-}
-_ONE = ("additionalProperties", "additionalItems", "contains", "propertyNames", "not", "if", "then", "else", "unevaluatedItems", "unevaluatedProperties", "items")  # fmt: skip
+_SHAPES: dict[str, Any] = {word: kind for kind, said in _KINDS.items() for word in said.split()}
+_ONE = (*_KINDS[_NODE].split(), "items")
 _MANY = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+_NAMED = tuple(word for word in _KINDS[_MAP].split() if word != "dependentRequired")
 OF_TYPE = {
     "object": ("properties", "required", "additionalProperties", "minProperties", "maxProperties", "patternProperties", "propertyNames", "dependentRequired", "dependencies", "dependentSchemas", "unevaluatedProperties"),
     "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems"),
