@@ -1193,7 +1193,7 @@ class Schema:
             value = join(*(s for source in shape.sources for s in self.of_patterns(source, found)))
             if value == FALSE or not self.shapes.satisfiable(value):
                 continue
-            key = text_term(Text(terms=tuple(terms)))
+            key = text_term(Text(terms=tuple(terms))) if patterns or shape.keys else both(ANY, *known)
             if key is not NONE:
                 yield self.string(key, ":"), value
 

@@ -18,7 +18,6 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 
 from regular import (
@@ -151,7 +150,7 @@ class Grammar:
         once = sum(part.high is not None or part.op != "rep" for part in term.parts)
         if once > MAX_PICKED and not term.low and term.high is None:
             parts = tuple(rep(part.parts[0], 0, None) if part.op == "rep" else part for part in term.parts)
-            term, once = replace(term, parts=parts), sum(part.op != "rep" for part in parts)
+            term, once = Term("pick", parts=parts), sum(part.op != "rep" for part in parts)
         return self.in_turn(term) if once + (term.high or 0).bit_length() > MAX_PICKED else self.rule(term)
 
     def in_turn(self, pick: Term) -> Term:
@@ -173,7 +172,7 @@ class Grammar:
             here = []
             for count in range(min(most, i) + 1):
                 then = after[min(count + 1, most)] if high is None or count < high else NONE
-                member = self.share(seq(lit(","), part)) if count else part
+                member = seq(lit(","), part) if count else part
                 if not needed and count == most and high is None:
                     here.append(self.share(seq(rep(member, 0, 1), then)))
                 else:
@@ -324,6 +323,8 @@ def _used(term: Term) -> set[str]:
 
 
 def _ends(term: Term, done: set[str]) -> bool:
+    if not has(term, "ref", "pick"):  # tokens are known to hold a text before they are made
+        return term is not NONE
     if term.op == "ref":
         return term.text in done
     if term.op == "rep":
@@ -333,7 +334,7 @@ def _ends(term: Term, done: set[str]) -> bool:
         return len(found) >= term.low and all(part in found for part in term.parts if part.op != "rep")
     if term.op in ("alt", "seq"):
         return (any if term.op == "alt" else all)(_ends(part, done) for part in term.parts)
-    return True  # an 'and' is known to hold a text before it is made
+    return True
 
 
 def _mapped(term: Term, refs: Callable[[str], Term]) -> Term:

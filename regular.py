@@ -14,7 +14,6 @@ import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -37,28 +36,24 @@ Ranges = tuple[tuple[int, int], ...]
 _BITS = {"and": 1, "mod": 2, "rep": 4, "pick": 8, "ref": 16}
 
 
-@dataclass(frozen=True, eq=False)
 class Term:
     """A piece of grammar: 'lit' text, 'set' ranges, 'ref' text, 'seq' parts, 'alt' parts, 'rep' parts[0] low..high,
     'pick' parts low..high (grammar.py), 'and' parts (in all of them), 'not' parts[0] (any text but these; only as a part of 'and', never its first),
     'mod' low (decimals of at most `high` places of which low / 10**high is a divisor)."""
 
-    op: str
-    text: str = ""
-    parts: tuple[Term, ...] = ()
-    ranges: Ranges = ()
-    low: int = 0
-    high: int | None = None
+    __slots__ = ("_hash", "high", "low", "op", "ops", "parts", "ranges", "text")
 
-    def __post_init__(self) -> None:  # deep terms are keys of many tables: each is hashed once, from its parts' hashes
-        object.__setattr__(self, "_hash", hash((self.op, self.text, self.parts, self.ranges, self.low, self.high)))
-        ops = _BITS.get(self.op, 0) if self.op != "ref" or self.text[0] == "r" else 0
-        for part in self.parts:
-            ops |= part.ops  # type: ignore[attr-defined]
-        object.__setattr__(self, "ops", ops)
+    def __init__(
+        self, op: str, text: str = "", parts: tuple[Term, ...] = (), ranges: Ranges = (), low: int = 0, high: int | None = None
+    ) -> None:
+        self.op, self.text, self.parts, self.ranges, self.low, self.high = op, text, parts, ranges, low, high
+        self._hash = hash((op, text, parts, ranges, low, high))  # deep terms are keys of many tables: from their parts' hashes
+        self.ops = _BITS.get(op, 0) if op != "ref" or text[0] == "r" else 0
+        for part in parts:
+            self.ops |= part.ops
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -989,4 +984,4 @@ def multiples(step: Fraction, most: int = 2_000) -> Term:
 
 def has(term: Term, *ops: str) -> bool:
     """Whether one of these kinds is anywhere in the term; of references, those to rules that are no tokens."""
-    return bool(term.ops & sum(_BITS[op] for op in ops))  # type: ignore[attr-defined]
+    return any(term.ops & _BITS[op] for op in ops)
