@@ -106,9 +106,10 @@ class Grammar:
     def rule(self, term: Term) -> Term:
         if term.op == "ref":
             return term
-        if term not in self.names:
-            self.names[term] = Term("ref", self.name(self.spelled(term)))
-        return self.names[term]
+        found = self.names.get(term)
+        if found is None:
+            found = self.names[term] = Term("ref", self.name(self.spelled(term)))
+        return found
 
     def spelled(self, term: Term) -> Term:
         """Remainders have no notation: what they are part of is written as its states, one rule each."""

@@ -984,4 +984,4 @@ def multiples(step: Fraction, most: int = 2_000) -> Term:
 
 def has(term: Term, *ops: str) -> bool:
     """Whether one of these kinds is anywhere in the term; of references, those to rules that are no tokens."""
-    return any(term.ops & _BITS[op] for op in ops)
+    return bool(term.ops & sum(map(_BITS.__getitem__, ops)))
