@@ -668,14 +668,12 @@ def _picked(name: str, body: str) -> str:
         marked = f"set_bit({min(i, once)})" if mark != "*" or low > needed else "_"
         ways.append(f"{part} {name}_b::{marked}{_if([f'bit_clear({i})'] * (mark != '*') + limit)}")
     counted = f"incr([{once + 1}:{once + 2 + high.bit_length()}])" if high is not None else "_"
-    return "\n".join(
-        (  # a rule of nothing but another with a changed parameter would lose the change
-            f"{name}: {name}_a::0x0",
-            f'{name}_a::_: {name}_c::_ | ""{_if(ends)}',
-            f'{name}_b::_: "," {name}_c::{counted} | ""{_if(ends)}',
-            f"{name}_c::_: {' | '.join(ways)}",
-        )
-    )
+    lines = [  # a rule of nothing but another with a changed parameter would lose the change
+        f"{name}: {name}_{'c' if ends else 'a'}::0x0",
+        f'{name}_b::_: "," {name}_c::{counted} | ""{_if(ends)}',
+        f"{name}_c::_: {' | '.join(ways)}",
+    ]
+    return "\n".join(lines if ends else [*lines, f'{name}_a::_: {name}_c::_ | ""'])
 
 
 def _if(tests: list[str]) -> str:

@@ -240,7 +240,7 @@ DRAFTS = {"draft4": 4, "draft6": 6, "draft7": 7, "draft2019-09": 2019, "draft202
 def test_the_json_schema_test_suite(draft: str, suite: pathlib.Path) -> None:
     """Each schema of the required tests is honoured or refused by name, and no verdict is wrong."""
     files = sorted(suite.glob(f"**/tests/{draft}/*.json"))
-    assert len(files) > 30
+    assert len(files) > 20
     counts: collections.Counter[str] = collections.Counter()
     wrong = []
     for file in files:
