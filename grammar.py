@@ -609,6 +609,9 @@ def own_grammar(text: str) -> str:
 
 
 _CORE_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b([A-Za-z]\w*)')
+_LARK_TOKEN = re.compile(
+    _CORE_TOKEN.pattern.replace("[A-Za-z]", "t")
+)  # what is another in Lark, and what must not be looked into
 
 
 def prefixed(text: str, prefix: str) -> str:
@@ -633,22 +636,15 @@ def lark_grammar(text: str) -> str:
 
     Its lexer takes the longest token and never goes back: what may begin alike must be a token as a whole, or of single characters.
     """
-    rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
+    converted = _LARK_TOKEN.sub(
+        lambda m: m[1] or (f"/{m[2]}/" if m[2] else m[4].upper() if m[4] else f"{{{m[3]},{m[3]}}}"), text
+    )
+    rules = dict(line.split(" ::= ", 1) for line in converted.splitlines())
     ignored = ["%ignore /[ \\n\\r\\t]+/"] if rules.pop(_SPACED, None) else []
-    tokens = {name for name in rules if name[0] == "t"}
-    if not any(m[4] and m[4] not in tokens for m in _CORE_TOKEN.finditer(rules["root"])):
-        tokens.add("root")
-
-    def convert(m: re.Match[str]) -> str:
-        if m[4]:
-            return m[4].upper() if m[4] in tokens else m[4]
-        return m[1] or (f"/{m[2]}/" if m[2] else f"{{{m[3]},{m[3]}}}")
-
-    lines = [f"start: {'ROOT' if 'root' in tokens else 'root'}"]
-    for name, body in rules.items():
-        body = _CORE_TOKEN.sub(convert, body)
-        lines.append(_picked(name, body) if body[0] == "%" else f"{name.upper() if name in tokens else name}: {body}")
-    return "\n".join(lines + ignored)
+    if not any(m[4] and m[4][0] == "r" for m in _CORE_TOKEN.finditer(rules["root"])):
+        rules = {"ROOT" if name == "root" else name: body for name, body in rules.items()}
+    lines = [_picked(name, body) if body[0] == "%" else f"{name}: {body}" for name, body in rules.items()]
+    return "\n".join([f"start: {'ROOT' if 'ROOT' in rules else 'root'}", *lines, *ignored])
 
 
 _MEMBER = re.compile(r'("(?:[^"\\]|\\.)*"|/.*?/|\w+)([?*]?)')
