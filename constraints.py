@@ -1208,10 +1208,18 @@ class Schema:
             self.shapes.dead(f"'minProperties' at {state[0].path[:300]} over the number of known names needs names kept apart")
         parts = parts if extra is NONE else [*parts, rep(self.grammar.share(extra), 0, None)]
         ordered = self.strict or len(parts) <= 1
-        inside = (self.grammar.in_turn if ordered else self.grammar.pick)(
-            Term("pick", parts=tuple(parts), low=shape.low, high=shape.high)
-        )
-        return self.framed("{", inside, "}")
+        high = None if extra is NONE and len(parts) <= (shape.high or 0) else shape.high
+        pick = Term("pick", parts=tuple(parts), low=shape.low, high=high)
+        try:
+            return self.framed("{", self.grammar.in_turn(pick) if ordered else self.grammar.pick(pick), "}")
+        except Unsupported as error:
+            if "a count of so many" in str(error):
+                refuse(
+                    "minProperties" if shape.low else "maxProperties",
+                    state[0].path,
+                    "beside so many properties is not supported",
+                )
+            raise
 
     def with_some(self, shape: Object, state: State) -> Term:
         """There is a property of this name and value: one that has a name of its own, or one of the others."""

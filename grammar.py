@@ -193,11 +193,11 @@ class Grammar:
     def any_order(self, pick: Term) -> Term:
         """A rule for each set of members that have been written, as far as that matters: the needed ones, or all of a few.
 
-        The others may come anywhere, and twice: of equal names JSON's readers keep the last. Of very many needed ones, and where
-        many are counted, the order is that of the parts.
+        The others may come anywhere, and where nothing is counted twice: of equal names JSON's readers keep the last. Of very many
+        needed ones, and where many are counted, the order is that of the parts.
         """
         once, free, low, high = self._members(pick)
-        bounded, few = low > 0 or high is not None, len(once) <= MAX_FEW
+        bounded, few = low > 0 or pick.high is not None, len(once) <= MAX_FEW
         if bounded and (free is not NONE or not few):
             return self.in_turn(pick)
         watched = [one for one in once if one[1] or few]

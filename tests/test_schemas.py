@@ -144,6 +144,11 @@ BEYOND_EBNF: list[tuple[Any, list[str], list[str]]] = [
         ['["l","a"]', '["c","b","a"]'],
         ['["a"]', '["a","b","a"]', '["d","c","b","a"]'],
     ),
+    (
+        {"type": "array", "items": {"enum": [*"abcdefgh"]}, "uniqueItems": True},
+        ["[]", '["h","a"]'],
+        ['["a","a"]', '["a","b","a"]'],
+    ),
 ]
 SPREAD = {"type": "object", "properties": {str(i): {} for i in range(99)}, "required": ["98", "0"]}
 
