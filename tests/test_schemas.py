@@ -9,6 +9,7 @@ import collections
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import tarfile
@@ -159,6 +160,44 @@ def test_any_order(schema: Any, good: list[str], bad: list[str]) -> None:
     takes, less = guided(c.lark_grammar(c.schema_grammar(schema))), taker(c.schema_grammar(schema))
     assert [text for text in good if not takes(text) or c.violation(schema, json.loads(text))] == []
     assert [text for text in bad if takes(text) or less(text)] == []
+
+
+def any_object(rng: random.Random) -> tuple[Any, list[str]]:
+    """A schema with named properties, counts and others, and texts of its properties in any order."""
+    values = {f"k{i}": rng.choice(["null", "true"]) for i in range(rng.randint(0, 9))}
+    kinds = {"null": "null", "true": "boolean"}
+    schema: dict[str, Any] = {"type": "object", "properties": {name: {"type": kinds[value]} for name, value in values.items()}}
+    schema["required"] = rng.sample([*values, "z"], rng.randint(0, min(len(values), 6)))
+    more = {"additionalProperties": rng.choice([False, {"type": "null"}]), "patternProperties": {"^z": {"type": "boolean"}}}
+    more |= {"maxProperties": rng.randint(0, len(values) + 2), "minProperties": rng.randint(0, len(values) + 1)}
+    schema |= {word: value for word, value in more.items() if rng.random() < 0.5}
+    texts = []
+    for _ in range(12):
+        names = rng.sample([*values, "z", "y"], rng.randint(0, len(values) + 2))
+        names = list(dict.fromkeys(schema["required"] + names)) if rng.random() < 0.5 else names
+        pairs = (
+            f'"{name}":{rng.choice(["null", "true"]) if rng.random() < 0.1 else values.get(name, "null")}' for name in names
+        )
+        texts.append("{" + ",".join(pairs) + "}")
+    return schema, texts
+
+
+def test_any_object() -> None:
+    """What is in a grammar is valid, in both dialects; what is valid is in llguidance's."""
+    rng, refused = random.Random(7), 0
+    for _ in range(60):
+        schema, texts = any_object(rng)
+        try:
+            grammar = c.schema_grammar(schema)
+        except c.Unsupported:
+            refused += 1
+            continue
+        takes, less = guided(c.lark_grammar(grammar)), taker(grammar)
+        for text in texts:
+            valid = c.violation(schema, json.loads(text)) is None
+            assert takes(text) <= valid and less(text) <= valid, (schema, text)
+            assert takes(text) or not valid or "minProperties" in schema, (schema, text)  # names that nothing keeps apart
+    assert refused < 30
 
 
 def test_too_many_members_to_be_counted() -> None:
