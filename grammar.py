@@ -193,7 +193,7 @@ class Grammar:
     def any_order(self, pick: Term) -> Term:
         """A rule for each set of members that have been written, as far as that matters: the needed ones, or all of a few.
 
-        The others may come anywhere, and where nothing is counted twice: of equal names JSON's readers keep the last. Of very many
+        The others may come anywhere and, where nothing is counted, twice: of equal names JSON's readers keep the last. Of very many
         needed ones, and where many are counted, the order is that of the parts.
         """
         once, free, low, high = self._members(pick)
@@ -609,9 +609,8 @@ def own_grammar(text: str) -> str:
 
 
 _CORE_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b([A-Za-z]\w*)')
-_LARK_TOKEN = re.compile(
-    _CORE_TOKEN.pattern.replace("[A-Za-z]", "t")
-)  # what is another in Lark, and what must not be looked into
+# what is another in Lark, and what must not be looked into
+_LARK_TOKEN = re.compile(_CORE_TOKEN.pattern.replace("[A-Za-z]", "t"))
 
 
 def prefixed(text: str, prefix: str) -> str:
