@@ -176,13 +176,13 @@ class Constraint(NamedTuple):
     """What a completion must be, as it came. Here it is measured, and a finished text held against it: it becomes a grammar behind
     admission (prepare.py), for it may take long."""
 
-    kind: str  # "json" | "regex" | "choice" | "grammar"
+    kind: str  # "json" | "spaced", JSON with whitespace | "regex" | "choice" | "grammar"
     source: Any
     where: str  # the field that it came from
 
     def unknown(self) -> list[str]:
         """The places of words in a schema that nobody knows: they constrain nothing, and are told as unknown fields are."""
-        if self.kind != "json":
+        if self.kind not in ("json", "spaced"):
             return []
         try:
             measure(self.source, self.where, MOST_TOLD)
@@ -212,6 +212,7 @@ def json_fault(schema: Any, text: str) -> str | None:
 
 FAULTS: dict[str, Callable[[Any, str], str | None]] = {
     "json": json_fault,
+    "spaced": json_fault,
     "regex": lambda pattern, text: None if regex_matches(pattern, text) else "it does not match the regex",
     "choice": lambda choices, text: None if text in choices else "it is none of the choices",
 }
@@ -277,6 +278,8 @@ def read_response_format(value: Any) -> Constraint | None:
 def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Constraint | None:
     check(isinstance(value, dict))
     given = {name: item for name, item in value.items() if item is not None}
+    whitespace = given.pop("whitespace", "compact")
+    check(whitespace == "compact" or (whitespace == "any" and "json" in given))
     if not given:
         return None
     check(len(given) == 1)
@@ -286,6 +289,7 @@ def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Co
             source = parse_json(source.encode()) if isinstance(source, str) else source
         except ApiError as error:
             raise ApiError(400, f"'{where}': {error.message}", where) from None
+        name = "spaced" if whitespace == "any" else name
     elif name == "regex":
         check(isinstance(source, str))
     elif name == "choice":
@@ -298,7 +302,9 @@ def read_structured_outputs(value: Any, where: str = "structured_outputs") -> Co
 RESPONSE_FORMAT = Kind(
     '{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": …}}', read_response_format
 )
-STRUCTURED = Kind("an object with one of json, regex, choice, grammar", read_structured_outputs)
+STRUCTURED = Kind(
+    'an object with one of json, regex, choice, grammar; beside json maybe {"whitespace": "any"}', read_structured_outputs
+)
 CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "grammar",
     "guided_json", "guided_regex", "guided_choice", "guided_grammar")  # fmt: skip
 
@@ -577,7 +583,7 @@ GENERATION = {
     "ignore_eos": Field(BOOLEAN, "go on after EOS, up to max_tokens", "extensions", (False,)),
     "logit_bias": Field(LOGIT_BIAS, "added to logits, by token id; -100 bans", "logit_bias", ({},)),
     "response_format": Field(RESPONSE_FORMAT, "text, any JSON object, or JSON that satisfies a schema", "constraints", ({"type": "text"},)),
-    "structured_outputs": Field(STRUCTURED, "`json`: a schema; `regex`; `choice`: an array of strings; `grammar`: GBNF", "constraints", ({},)),
+    "structured_outputs": Field(STRUCTURED, "`json`: a schema, with `whitespace`: `compact` or `any`; `regex`; `choice`: an array of strings; `grammar`: GBNF", "constraints", ({},)),
     "return_prompt": Field(BOOLEAN, "tell what the model was given: prompt, token ids, sampling, what of it was in the cache (also header `X-Debug: prompt`)", "inside", (False,)),
     "json_schema": structured_as("json_schema", "json", "a JSON schema", "llama-server's"),
     "grammar": structured_as("grammar", "grammar", "GBNF", "llama-server's"),

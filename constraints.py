@@ -12,6 +12,7 @@ these properties… A place in a document holds a state, the schemas that its va
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter, deque
@@ -21,7 +22,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from grammar import Grammar, ebnf_grammar, lark_grammar, own_grammar, prefixed, quoted
+from grammar import Grammar, ebnf_grammar, lark_grammar, own_grammar, prefixed, quoted, spaced
 from json_schema import (
     CONSTRAINING,
     FORMATS,
@@ -78,34 +79,28 @@ from regular import (
     words,
 )
 
-__all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "object_grammar", "own_grammar", "prefixed", "regex_grammar", "regex_matches", "schema_grammar", "unknown_words", "violation"]  # fmt: skip
+__all__ = ["Unsupported", "choice_grammar", "ebnf_grammar", "lark_grammar", "object_grammar", "own_grammar", "prefixed", "regex_grammar", "regex_matches", "schema_grammar", "spaced", "unknown_words", "violation"]  # fmt: skip
 
 MAX_ALTERNATIVES, MAX_STATES, MAX_COUNTED, MAX_UNIQUE = 256, 4_000, 4_000, 5
 MAX_WORK = 30_000  # meetings of two shapes
 MAX_LISTED = 100  # multiples written out
-MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
-    4,
-    8,
-    1_000,
-)  # properties kept apart whether required or not, and required ones, in any order
-
 
 # ---- shapes: sets of values of one type
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A schema that a value satisfies, or (positive False) does not. Two are equal when they are the same place of the document."""
+    """A schema that a value satisfies, or (positive False) does not. Two are equal when they say the same."""
 
     node: Any
     base: str
     positive: bool
     path: str
+    number: int  # Document.number; of true and false 1 and 0
     key: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        place = self.node if isinstance(self.node, bool) else id(self.node)
-        object.__setattr__(self, "key", (place, self.base, self.positive))
+        object.__setattr__(self, "key", (self.number, self.base, self.positive))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -114,11 +109,11 @@ class Item:
         return isinstance(other, Item) and self.key == other.key
 
     def turned(self) -> Item:
-        return Item(self.node, self.base, not self.positive, self.path)
+        return Item(self.node, self.base, not self.positive, self.path, self.number)
 
 
 State = tuple[Item, ...]  # all of them at once; none: any value
-FALSE: State = (Item(False, "", True, "$"),)
+FALSE: State = (Item(False, "", True, "$", 0),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,15 +247,14 @@ def number_term(shape: Number) -> Term:
         last = None if high is None else math.ceil(high[0] / step) - 1 if high[1] else math.floor(high[0] / step)
         if first is not None and last is not None and (first > last or (last - first < MAX_LISTED and step != 1)):
             return words(plain_digits(i * step) for i in range(first, last + 1)) if first <= last else NONE
-        if step == 1:
-            found = integers(first, last)
+        endless = step != 1 or bool(shape.terms)  # a count of digits would be multiplied by the remainders
+        if step.denominator == 1:
+            whole = [None if n is None else int(n * step) for n in (first, last)]
+            found = integers(whole[0], whole[1], endless)
         else:
-            bounds = (None if first is None else (first * step, False), None if last is None else (last * step, False))
-            whole = step.denominator == 1
-            plain = integers(*(None if b is None else int(b[0]) for b in bounds)) if whole else decimals(*bounds, plain=True)
-            if first in (None, 0) and last is None and whole:  # no count of digits: it would be multiplied by the remainders
-                plain = seq(rep(lit("-"), 0, 1) if first is None else EMPTY, alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, None))]))
-            found = both(plain, multiples(step))
+            bounds = [None if n is None else (n * step, False) for n in (first, last)]
+            found = decimals(bounds[0], bounds[1], plain=True)
+        found = found if step == 1 else both(found, multiples(step))
     else:
         found = decimals(low, high, plain=bool(shape.terms))
     if found is NONE or not shape.terms:
@@ -298,18 +292,25 @@ class Meetings:
 
     def item(self, node: Any, base: str, path: str, positive: bool = True) -> State:
         base = self.document.within(node, base)
-        if isinstance(node, dict) and not node.keys() & CONSTRAINING:
+        for _ in range(MAX_DEPTH):
+            if not isinstance(node, dict) or node.keys() & CONSTRAINING != {"$ref"} or not isinstance(node["$ref"], str):
+                break
+            node, base = self.document.find(node["$ref"], base, path)  # which it says, and nothing more
+            base = self.document.within(node, base)
+        if isinstance(node, dict) and node.keys().isdisjoint(CONSTRAINING):
             node = True
         if isinstance(node, bool):
             return () if node is positive else FALSE
-        return (Item(node, base, positive, path),)
+        if not isinstance(node, dict):
+            refuse(json.dumps(node)[:40], path)
+        return (Item(node, base, positive, path, self.document.number(node)),)
 
     def expand(self, state: State) -> list[Shape]:
         key = tuple(item.key for item in state)
         if key not in self.known:
             if len(self.known) > MAX_STATES:
                 raise Unsupported("a schema of so many places and alternatives is not supported")
-            found: list[Shape] = list(EVERY)
+            found = _EVERY
             for item in state:
                 found = self.meet(found, self.shapes(item, ()))
             self.known[key] = self.merged(found)
@@ -370,6 +371,8 @@ class Meetings:
     def meet(self, left: list[Shape], right: list[Shape]) -> list[Shape]:
         if right is _EVERY or left == right:
             return left
+        if left is _EVERY:
+            return right
         found = []
         for a in left:
             for b in right:
@@ -423,7 +426,7 @@ class Meetings:
                 and (shape.low <= len(value) <= (len(value) if shape.high is None else shape.high))
             )
         if isinstance(shape, Number):
-            if not is_a(value, "number") or (shape.whole and not is_a(value, "integer")):
+            if not is_a(value, "integer" if shape.whole else "number", self.document.draft):
                 return False
             number = exact(value)
             low, high = shape.low or (number, False), shape.high or (number, False)
@@ -480,7 +483,243 @@ class Meetings:
         raise NotImplementedError
 
 
-class Failures(Meetings):
+class Shapes(Meetings):
+    """States taken apart into shapes: a value satisfies the state if it is in one of them."""
+
+    # one schema
+
+    def shapes(self, item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        """The shapes of one schema, or of what does not satisfy it; `seen` are those that led here on the same value."""
+        if isinstance(item.node, bool):
+            return _EVERY if item.node is item.positive else []
+        if item.key in seen or len(seen) > MAX_DEPTH:
+            raise Unsupported(f"the recursion at {item.path[:300]} repeats before it has read anything, which is not supported")
+        key = (item.key,)
+        if key not in self.known:
+            node = self.document.siblings(self.document.node(item.node, item.path))
+            made = (
+                self.satisfied(node, item, (*seen, item.key)) if item.positive else self.failed(node, item, (*seen, item.key))
+            )
+            self.known[key] = self.merged(made) if made is not _EVERY else made
+        return self.known[key]
+
+    def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
+        """The shapes of a schema that stands in another for the same value."""
+        return self.entered(node, item.base, f"{item.path}.{step}", positive, seen)
+
+    def entered(self, node: Any, base: str, path: str, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
+        state = self.item(node, base, path, positive)
+        return _EVERY if state == () else self.shapes(state[0], seen)
+
+    def satisfied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        found = self.typed(node, item)
+        for made in self.applied(node, item, seen):
+            found = self.meet(found, made)
+        if "unevaluatedProperties" in node or "unevaluatedItems" in node:
+            found = self.unevaluated(node, item, found)
+        return found
+
+    def typed(self, node: dict[str, Any], item: Item) -> list[Shape]:
+        """What the keywords of each type leave of it."""
+        kinds = kinds_of(node) or list(_SHAPE_OF)
+        if "number" in kinds:
+            kinds = [kind for kind in kinds if kind != "integer"]
+        found: list[Shape] = []
+        if node.keys().isdisjoint(_OF_A_TYPE):
+            found, kinds = _EVERY, []
+        for kind in dict.fromkeys(kinds):
+            shape = _SHAPE_OF[kind]
+            words_of = OF_TYPE.get("number" if kind == "integer" else kind, ())
+            made = self._TYPED[kind](self, node, item) if any(word in node for word in words_of) else shape
+            if made is shape or self.alive(made):
+                found.append(made)
+            else:
+                said = ", ".join(f"'{word}'" for word in words_of if word in node)
+                self.dead(f"{said} at {item.path[:300]} leave{'s' * (said.count(',') == 0)} no {kind}")
+        for word in ("enum", "const"):
+            if word in node:
+                members: list[Shape] = [Fixed(tuple(node["enum"] if word == "enum" else [node["const"]]))]
+                found = self.meet(members, found)
+                if not found:
+                    self.dead(f"'{word}' at {item.path[:300]} has no member that satisfies the other keywords")
+        return found
+
+    def _number(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = bounds_of(node)
+        step = exact(node["multipleOf"]) if "multipleOf" in node else None
+        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            if word in node and abs(node[word]) >= 10**40:
+                if (node[word] > 0) == (word in ("maximum", "exclusiveMaximum")):
+                    low, high = (low, None) if node[word] > 0 else (None, high)
+                else:
+                    refuse(word, item.path, "over 40 digits is not supported")
+        return Number(node.get("type") == "integer", low, high, step)
+
+    def _integer(self, node: dict[str, Any], item: Item) -> Shape:
+        return self._number({**node, "type": "integer"}, item)
+
+    def _text(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = int(node.get("minLength", 0)), node.get("maxLength")
+        if low > MAX_REPEAT:
+            refuse("minLength", item.path, f"over {MAX_REPEAT} is not supported")
+        terms = [self.pattern(node["pattern"], item)] if "pattern" in node else []
+        terms += [format_term(node["format"])] if node.get("format") in FORMATS else []
+        return Text(low, None if high is None else int(min(high, MAX_REPEAT)), tuple(terms))
+
+    def pattern(self, pattern: str, item: Item) -> Term:
+        try:
+            return pattern_term(pattern)
+        except Unsupported as error:
+            raise Unsupported(str(error).replace("in 'pattern'", f"in 'pattern' at {item.path[:300]}")) from None
+
+    def _array(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = int(node.get("minItems", 0)), node.get("maxItems")
+        if low > MAX_REPEAT:
+            refuse("minItems", item.path, f"over {MAX_REPEAT} is not supported")
+        first, rest = tuple_of(node)
+        word = "items" if isinstance(node.get("items"), list) else "prefixItems"
+        places = tuple(self.item(sub, item.base, f"{item.path}.{word}[{i}]") for i, sub in enumerate(first))
+        contains = ()
+        if "contains" in node:
+            state = self.item(node["contains"], item.base, f"{item.path}.contains")
+            contains = ((state, int(node.get("minContains", 1)), node.get("maxContains")),)  # type: ignore[assignment]
+        return Array(
+            low,
+            None if high is None else int(min(high, MAX_REPEAT)),
+            places,
+            self.item(rest, item.base, f"{item.path}.items"),
+            contains,
+            node.get("uniqueItems", False),
+        )
+
+    def _object(self, node: dict[str, Any], item: Item) -> Shape:
+        low, high = int(node.get("minProperties", 0)), node.get("maxProperties")
+        named = {
+            name: self.item(sub, item.base, step_to(f"{item.path}.properties", name))
+            for name, sub in node.get("properties", {}).items()
+        }
+        patterns = []
+        for pattern, sub in node.get("patternProperties", {}).items():
+            self.pattern(pattern, item)
+            patterns.append((pattern, self.item(sub, item.base, f"{item.path}.patternProperties")))
+        rest = self.item(node.get("additionalProperties", True), item.base, f"{item.path}.additionalProperties")
+        keys = (
+            ()
+            if node.get("propertyNames", True) is True
+            else (self.key_term(self.item(node["propertyNames"], item.base, f"{item.path}.propertyNames")),)
+        )
+        sources = (Source(named, tuple(patterns), rest, True),) if named or patterns or rest else ()
+        return Object(low, None if high is None else int(high), tuple(dict.fromkeys(required_of(node))), sources, keys)
+
+    def key_term(self, state: State) -> Term:
+        """The names that satisfy a state."""
+        parts = []
+        for shape in self.expand(state):
+            if isinstance(shape, Fixed):
+                parts.append(words(value for value in shape.values if isinstance(value, str)))
+            elif isinstance(shape, Text):
+                parts.append(text_term(shape))
+        return alt(parts)
+
+    _TYPED: dict[str, Callable[[Shapes, dict[str, Any], Item], Shape]] = {
+        "object": _object,
+        "array": _array,
+        "string": _text,
+        "number": _number,
+        "integer": _integer,
+    }
+
+    def applied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
+        """What each keyword that applies other schemas to the same value leaves of all values."""
+        target = self.document.target(node, item.base, item.path)
+        if target:
+            yield self.entered(*target, item.path, True, seen)
+        for i, member in enumerate(node.get("allOf", ())):
+            yield self.sub(item, f"allOf[{i}]", member, True, seen)
+        if "anyOf" in node:
+            yield self.union(self.sub(item, f"anyOf[{i}]", member, True, seen) for i, member in enumerate(node["anyOf"]))
+        if "oneOf" in node:
+            yield self.exactly_one(node["oneOf"], item, seen)
+        if "not" in node:
+            yield self.turned("not", item, lambda: self.sub(item, "not", node["not"], False, seen))
+        if "if" in node and self.document.draft not in (4, 6) and ("then" in node or "else" in node):
+            yield self.turned("if", item, lambda: self.union(self.branches(node, item, True, seen)))
+        for name, asked in dependencies_of(node, item.path):
+            present: list[Shape] = [Object(required=(name,))]
+            if isinstance(asked, list):
+                met: list[Shape] = [Object(required=(name, *asked))]
+            else:
+                met = self.meet(present, self.sub(item, "dependentSchemas", asked, True, seen))
+            yield [*EVERY[:-1], Object(sources=(Source({name: FALSE}),)), *met]
+
+    def turned(self, word: str, item: Item, work: Callable[[], list[Shape]]) -> list[Shape]:
+        try:
+            return work()
+        except Unsupported as error:
+            if str(error).startswith("'not of"):
+                refuse(word, item.path, f"needs {str(error)[1:200]}")
+            raise
+
+    def union(self, parts: Iterable[list[Shape]]) -> list[Shape]:
+        found: list[Shape] = []
+        for part in parts:
+            if part is _EVERY:
+                return _EVERY
+            found += part
+            if len(found) > 4 * MAX_ALTERNATIVES:
+                raise Unsupported("a schema of so many alternatives at one place is not supported")
+        return self.merged(found)
+
+    def branches(self, node: dict[str, Any], item: Item, positive: bool, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
+        """if and then, not if and else; with `positive` False the then and else are not satisfied."""
+        for holds, word in ((True, "then"), (False, "else")):
+            then = self.sub(item, word, node.get(word, True), positive, seen)
+            if then:
+                yield self.meet(self.sub(item, "if", node["if"], holds, seen), then)
+
+    def exactly_one(self, members: list[Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        made = [self.sub(item, f"oneOf[{i}]", member, True, seen) for i, member in enumerate(members)]
+        found: list[list[Shape]] = []
+        listed = [[shape for shape in shapes if isinstance(shape, Fixed)] for shapes in made]
+        if sum(map(len, listed)) == sum(map(len, made)):
+            times = Counter(key for shapes in listed for key in {key for shape in shapes for key in shape.keys})
+            values = [v for shapes in listed for shape in shapes for v in shape.values if times[key_of(v)] == 1]
+            return [Fixed(tuple(values))] if values else []
+        for i, shapes in enumerate(made):
+            mine = shapes
+            for j, others in enumerate(made):
+                if i != j and any(self.overlap(a, b) for a in mine for b in others):
+                    against = self.turned("oneOf", item, lambda j=j: self.sub(item, f"oneOf[{j}]", members[j], False, seen))  # type: ignore[misc]
+                    mine = self.meet(mine, against)
+            found.append(mine)
+        return self.union(found)
+
+    def unevaluated(self, node: dict[str, Any], item: Item, shapes: list[Shape]) -> list[Shape]:
+        """What no other keyword has looked at: with shapes, what their sources leave over."""
+        found: list[Shape] = []
+        for shape in shapes:
+            if isinstance(shape, Object) and "unevaluatedProperties" in node:
+                state = self.item(node["unevaluatedProperties"], item.base, f"{item.path}.unevaluatedProperties")
+                seen = [source for source in shape.sources if source.sees]
+                if state and not any(source.rest for source in seen):
+                    named: dict[str, State] = {name: () for source in seen for name in source.named}
+                    patterns = tuple((pattern, ()) for source in seen for pattern, _ in source.patterns)
+                    shape = replace(shape, sources=(*shape.sources, Source(named, patterns, state, True)))
+            elif isinstance(shape, Array) and "unevaluatedItems" in node:
+                state = self.item(node["unevaluatedItems"], item.base, f"{item.path}.unevaluatedItems")
+                if state and not shape.rest:
+                    if shape.contains or shape.blind:
+                        refuse("unevaluatedItems", item.path, "beside 'contains' or 'not' is not supported")
+                    shape = replace(shape, rest=state)
+            if self.alive(shape):
+                found.append(shape)
+        return found
+
+    def failed(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
+        raise NotImplementedError
+
+
+class WithFailures(Shapes):
     """What does not satisfy a schema, word by word: for `not`, and for what `oneOf` and `if` leave out."""
 
     # what does not satisfy a schema
@@ -517,8 +756,7 @@ class Failures(Meetings):
     def failed_applied(self, word: str, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
         if word == "$ref":
             target = self.document.find(node["$ref"], item.base, item.path)
-            base = self.document.within(*target)
-            return [] if target[0] is True else self.shapes(Item(target[0], base, False, item.path), seen)
+            return self.entered(*target, item.path, False, seen)
         if word == "not":
             return self.sub(item, "not", node["not"], True, seen)
         if word == "allOf":
@@ -639,13 +877,13 @@ class Failures(Meetings):
         return [Text(terms=(other(format_term(node["format"])),))] if node["format"] in FORMATS else []
 
     def _not_count(word: str, shape: Any, above: bool) -> Any:  # type: ignore[misc]  # noqa: N805
-        def failed(self: Failures, node: dict[str, Any], item: Item) -> list[Shape]:
+        def failed(self: WithFailures, node: dict[str, Any], item: Item) -> list[Shape]:
             limit = int(node[word])
             return [replace(shape, low=limit + 1)] if above else [replace(shape, high=limit - 1)] if limit else []
 
         return failed
 
-    _FAILED: dict[str, Callable[[Failures, dict[str, Any], Item], list[Shape]]] = {
+    _FAILED: dict[str, Callable[[WithFailures, dict[str, Any], Item], list[Shape]]] = {
         "type": _not_type,
         "enum": _not_values,
         "required": _not_required,
@@ -667,254 +905,9 @@ class Failures(Meetings):
         "maxProperties": _not_count("maxProperties", Object(), True),
     }
 
-    # what a subclass knows of satisfying one
-
-    def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
-        raise NotImplementedError
-
-    def union(self, parts: Iterable[list[Shape]]) -> list[Shape]:
-        raise NotImplementedError
-
-    def branches(self, node: dict[str, Any], item: Item, positive: bool, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
-        raise NotImplementedError
-
-    def key_term(self, state: State) -> Term:
-        raise NotImplementedError
-
-    def pattern(self, pattern: str, item: Item) -> Term:
-        raise NotImplementedError
-
-
-class Shapes(Failures):
-    """States taken apart into shapes: a value satisfies the state if it is in one of them."""
-
-    # one schema
-
-    def shapes(self, item: Item, seen: tuple[Any, ...]) -> list[Shape]:
-        """The shapes of one schema, or of what does not satisfy it; `seen` are those that led here on the same value."""
-        if isinstance(item.node, bool):
-            return _EVERY if item.node is item.positive else []
-        if item.key in seen or len(seen) > MAX_DEPTH:
-            raise Unsupported(f"the recursion at {item.path[:300]} repeats before it has read anything, which is not supported")
-        key = (item.key,)
-        if key not in self.known:
-            node = self.document.siblings(self.document.node(item.node, item.path))
-            made = (
-                self.satisfied(node, item, (*seen, item.key)) if item.positive else self.failed(node, item, (*seen, item.key))
-            )
-            self.known[key] = self.merged(made) if made is not _EVERY else made
-        return self.known[key]
-
-    def sub(self, item: Item, step: str, node: Any, positive: bool, seen: tuple[Any, ...]) -> list[Shape]:
-        """The shapes of a schema that stands in another for the same value."""
-        state = self.item(node, item.base, f"{item.path}.{step}", positive)
-        return _EVERY if state == () else self.shapes(state[0], seen)
-
-    def satisfied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
-        found = self.typed(node, item)
-        for made in self.applied(node, item, seen):
-            found = self.meet(found, made)
-        if "unevaluatedProperties" in node or "unevaluatedItems" in node:
-            found = self.unevaluated(node, item, found)
-        return found
-
-    def typed(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        """What the keywords of each type leave of it."""
-        kinds = kinds_of(node) or list(TYPES) + ["number"]
-        if "number" in kinds:
-            kinds = [kind for kind in kinds if kind != "integer"]
-        found: list[Shape] = []
-        for kind in dict.fromkeys(kinds):
-            shape = _SHAPE_OF[kind]
-            words_of = OF_TYPE.get("number" if kind == "integer" else kind, ())
-            made = self._TYPED[kind](self, node, item) if any(word in node for word in words_of) else shape
-            if made is shape or self.alive(made):
-                found.append(made)
-            else:
-                said = ", ".join(f"'{word}'" for word in words_of if word in node)
-                self.dead(f"{said} at {item.path[:300]} leave{'s' * (said.count(',') == 0)} no {kind}")
-        for word in ("enum", "const"):
-            if word in node:
-                members: list[Shape] = [Fixed(tuple(node["enum"] if word == "enum" else [node["const"]]))]
-                found = members if found == _EVERY else self.meet(members, found)
-                if not found:
-                    self.dead(f"'{word}' at {item.path[:300]} has no member that satisfies the other keywords")
-        return found
-
-    def _number(self, node: dict[str, Any], item: Item) -> Shape:
-        low, high = bounds_of(node)
-        step = exact(node["multipleOf"]) if "multipleOf" in node else None
-        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            if word in node and abs(node[word]) >= 10**40:
-                if (node[word] > 0) == (word in ("maximum", "exclusiveMaximum")):
-                    low, high = (low, None) if node[word] > 0 else (None, high)
-                else:
-                    refuse(word, item.path, "over 40 digits is not supported")
-        return Number(node.get("type") == "integer", low, high, step)
-
-    def _integer(self, node: dict[str, Any], item: Item) -> Shape:
-        return self._number({**node, "type": "integer"}, item)
-
-    def _text(self, node: dict[str, Any], item: Item) -> Shape:
-        low, high = int(node.get("minLength", 0)), node.get("maxLength")
-        if low > MAX_REPEAT:
-            refuse("minLength", item.path, f"over {MAX_REPEAT} is not supported")
-        terms = [self.pattern(node["pattern"], item)] if "pattern" in node else []
-        terms += [format_term(node["format"])] if node.get("format") in FORMATS else []
-        return Text(low, None if high is None else int(min(high, MAX_REPEAT)), tuple(terms))
-
-    def pattern(self, pattern: str, item: Item) -> Term:
-        try:
-            return pattern_term(pattern)
-        except Unsupported as error:
-            raise Unsupported(str(error).replace("in 'pattern'", f"in 'pattern' at {item.path[:300]}")) from None
-
-    def _array(self, node: dict[str, Any], item: Item) -> Shape:
-        low, high = int(node.get("minItems", 0)), node.get("maxItems")
-        if low > MAX_REPEAT:
-            refuse("minItems", item.path, f"over {MAX_REPEAT} is not supported")
-        first, rest = tuple_of(node)
-        word = "items" if isinstance(node.get("items"), list) else "prefixItems"
-        places = tuple(self.item(sub, item.base, f"{item.path}.{word}[{i}]") for i, sub in enumerate(first))
-        contains = ()
-        if "contains" in node:
-            state = self.item(node["contains"], item.base, f"{item.path}.contains")
-            contains = ((state, int(node.get("minContains", 1)), node.get("maxContains")),)  # type: ignore[assignment]
-        return Array(
-            low,
-            None if high is None else int(min(high, MAX_REPEAT)),
-            places,
-            self.item(rest, item.base, f"{item.path}.items"),
-            contains,
-            node.get("uniqueItems", False),
-        )
-
-    def _object(self, node: dict[str, Any], item: Item) -> Shape:
-        low, high = int(node.get("minProperties", 0)), node.get("maxProperties")
-        named = {
-            name: self.item(sub, item.base, step_to(f"{item.path}.properties", name))
-            for name, sub in node.get("properties", {}).items()
-        }
-        patterns = []
-        for pattern, sub in node.get("patternProperties", {}).items():
-            self.pattern(pattern, item)
-            patterns.append((pattern, self.item(sub, item.base, f"{item.path}.patternProperties")))
-        rest = self.item(node.get("additionalProperties", True), item.base, f"{item.path}.additionalProperties")
-        keys = (
-            ()
-            if node.get("propertyNames", True) is True
-            else (self.key_term(self.item(node["propertyNames"], item.base, f"{item.path}.propertyNames")),)
-        )
-        sources = (Source(named, tuple(patterns), rest, True),) if named or patterns or rest else ()
-        return Object(low, None if high is None else int(high), tuple(dict.fromkeys(required_of(node))), sources, keys)
-
-    def key_term(self, state: State) -> Term:
-        """The names that satisfy a state."""
-        parts = []
-        for shape in self.expand(state):
-            if isinstance(shape, Fixed):
-                parts.append(words(value for value in shape.values if isinstance(value, str)))
-            elif isinstance(shape, Text):
-                parts.append(text_term(shape))
-        return alt(parts)
-
-    _TYPED: dict[str, Callable[[Shapes, dict[str, Any], Item], Shape]] = {
-        "object": _object,
-        "array": _array,
-        "string": _text,
-        "number": _number,
-        "integer": _integer,
-    }
-
-    def applied(self, node: dict[str, Any], item: Item, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
-        """What each keyword that applies other schemas to the same value leaves of all values."""
-        target = self.document.target(node, item.base, item.path)
-        if target:
-            base = self.document.within(*target)
-            yield _EVERY if target[0] is True else self.shapes(Item(target[0], base, True, item.path), seen)
-        for i, member in enumerate(node.get("allOf", ())):
-            yield self.sub(item, f"allOf[{i}]", member, True, seen)
-        if "anyOf" in node:
-            yield self.union(self.sub(item, f"anyOf[{i}]", member, True, seen) for i, member in enumerate(node["anyOf"]))
-        if "oneOf" in node:
-            yield self.exactly_one(node["oneOf"], item, seen)
-        if "not" in node:
-            yield self.turned("not", item, lambda: self.sub(item, "not", node["not"], False, seen))
-        if "if" in node and self.document.draft not in (4, 6) and ("then" in node or "else" in node):
-            yield self.turned("if", item, lambda: self.union(self.branches(node, item, True, seen)))
-        for name, asked in dependencies_of(node, item.path):
-            present: list[Shape] = [Object(required=(name,))]
-            if isinstance(asked, list):
-                met: list[Shape] = [Object(required=(name, *asked))]
-            else:
-                met = self.meet(present, self.sub(item, "dependentSchemas", asked, True, seen))
-            yield [*EVERY[:-1], Object(sources=(Source({name: FALSE}),)), *met]
-
-    def turned(self, word: str, item: Item, work: Callable[[], list[Shape]]) -> list[Shape]:
-        try:
-            return work()
-        except Unsupported as error:
-            if str(error).startswith("'not of"):
-                refuse(word, item.path, f"needs {str(error)[1:200]}")
-            raise
-
-    def union(self, parts: Iterable[list[Shape]]) -> list[Shape]:
-        found: list[Shape] = []
-        for part in parts:
-            if part is _EVERY:
-                return _EVERY
-            found += part
-            if len(found) > 4 * MAX_ALTERNATIVES:
-                raise Unsupported("a schema of so many alternatives at one place is not supported")
-        return self.merged(found)
-
-    def branches(self, node: dict[str, Any], item: Item, positive: bool, seen: tuple[Any, ...]) -> Iterator[list[Shape]]:
-        """if and then, not if and else; with `positive` False the then and else are not satisfied."""
-        for holds, word in ((True, "then"), (False, "else")):
-            then = self.sub(item, word, node.get(word, True), positive, seen)
-            if then:
-                yield self.meet(self.sub(item, "if", node["if"], holds, seen), then)
-
-    def exactly_one(self, members: list[Any], item: Item, seen: tuple[Any, ...]) -> list[Shape]:
-        made = [self.sub(item, f"oneOf[{i}]", member, True, seen) for i, member in enumerate(members)]
-        found: list[list[Shape]] = []
-        listed = [[shape for shape in shapes if isinstance(shape, Fixed)] for shapes in made]
-        if sum(map(len, listed)) == sum(map(len, made)):
-            times = Counter(key for shapes in listed for key in {key for shape in shapes for key in shape.keys})
-            values = [v for shapes in listed for shape in shapes for v in shape.values if times[key_of(v)] == 1]
-            return [Fixed(tuple(values))] if values else []
-        for i, shapes in enumerate(made):
-            mine = shapes
-            for j, others in enumerate(made):
-                if i != j and any(self.overlap(a, b) for a in mine for b in others):
-                    against = self.turned("oneOf", item, lambda j=j: self.sub(item, f"oneOf[{j}]", members[j], False, seen))  # type: ignore[misc]
-                    mine = self.meet(mine, against)
-            found.append(mine)
-        return self.union(found)
-
-    def unevaluated(self, node: dict[str, Any], item: Item, shapes: list[Shape]) -> list[Shape]:
-        """What no other keyword has looked at: with shapes, what their sources leave over."""
-        found: list[Shape] = []
-        for shape in shapes:
-            if isinstance(shape, Object) and "unevaluatedProperties" in node:
-                state = self.item(node["unevaluatedProperties"], item.base, f"{item.path}.unevaluatedProperties")
-                seen = [source for source in shape.sources if source.sees]
-                if state and not any(source.rest for source in seen):
-                    named: dict[str, State] = {name: () for source in seen for name in source.named}
-                    patterns = tuple((pattern, ()) for source in seen for pattern, _ in source.patterns)
-                    shape = replace(shape, sources=(*shape.sources, Source(named, patterns, state, True)))
-            elif isinstance(shape, Array) and "unevaluatedItems" in node:
-                state = self.item(node["unevaluatedItems"], item.base, f"{item.path}.unevaluatedItems")
-                if state and not shape.rest:
-                    if shape.contains or shape.blind:
-                        refuse("unevaluatedItems", item.path, "beside 'contains' or 'not' is not supported")
-                    shape = replace(shape, rest=state)
-            if self.alive(shape):
-                found.append(shape)
-        return found
-
 
 _EVERY: list[Shape] = list(EVERY)
+_OF_A_TYPE = {"type", *(word for words_of in OF_TYPE.values() for word in words_of)}
 
 
 # ---- shapes as a grammar
@@ -943,16 +936,22 @@ def _together(patterns: Sequence[str]) -> Iterator[set[str]]:
             todo.append((found | {patterns[at]}, at + 1))
 
 
+def _compact(value: Any) -> str:
+    """As JSON, in UTF-8. Raises ValueError."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text.encode()
+    return text
+
+
 class Schema:
     """One schema on its way to a grammar: a rule for each state."""
 
     def __init__(self, root: Any, draft: int = 0, strict: bool = False) -> None:
         self.document, self.strict = Document(root, draft), strict
-        self.shapes, self.grammar = Shapes(self.document), Grammar()
+        self.shapes, self.grammar = WithFailures(self.document), Grammar()
         self.refs: dict[tuple[Any, ...], Term] = {}
         self.todo: deque[tuple[str, State]] = deque()
         self.pairs: dict[Any, Term] = {}
-        self.watching = 0  # rules for what has been written of objects in any order
 
     def text(self) -> str:
         root = self.state(self.shapes.item(self.document.root, "", "$"))
@@ -996,23 +995,46 @@ class Schema:
 
     def string(self, term: Term, after: str = "") -> Term:
         """A string, or with its colon a name: one token, as a name that is known is one."""
-        return self.grammar.rule(seq(quoted(term), lit(after))) if term is not NONE else NONE
+        return NONE if term is NONE else self.grammar.rule(quoted(term, after))
 
     def fixed(self, shape: Fixed, state: State) -> Term:
         try:
-            texts = [json.dumps(member, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for member in shape.values]
-            "".join(texts).encode()
+            texts = [_compact(value) for value in shape.values if not isinstance(value, (dict, list))]
+            return self.grammar.share(
+                alt([words(dict.fromkeys(texts)), *(self.listed(v) for v in shape.values if isinstance(v, (dict, list)))])
+            )
         except ValueError:
             refuse("enum", state[0].path, "holds a value that JSON cannot carry")
-        return self.grammar.share(words(dict.fromkeys(texts)))
+
+    def listed(self, value: Any) -> Term:
+        """A listed value: an array or object in as many tokens as anywhere else, so that it is told from what begins alike."""
+        if not isinstance(value, (dict, list)):
+            return self.grammar.rule(lit(_compact(value)))
+        parts = (
+            [self.listed(one) for one in value]
+            if isinstance(value, list)
+            else [seq(self.string(lit(name), ":"), self.listed(one)) for name, one in value.items()]
+        )
+        inside = seq(*[piece for part in parts for piece in (lit(","), part)][1:])
+        found = Term("ref", self.grammar.name())
+        self.grammar.rules[found.text] = (
+            self.framed("[", inside, "]") if isinstance(value, list) else self.framed("{", inside, "}")
+        )
+        return found
+
+    def framed(self, start: str, inside: Term, stop: str) -> Term:
+        """In brackets, which are tokens of their own even where nothing is in them."""
+        return (
+            seq(lit(start), inside, lit(stop)) if inside.op != "lit" else seq(lit(start), self.grammar.rule(inside), lit(stop))
+        )
 
     def repeated(self, start: str, item: Term, stop: str, low: int, high: int | None) -> Term:
         """Any number of an item, with commas."""
-        if high == 0:
-            return lit(start + stop)
         item = self.grammar.share(item)
+        if high == 0 or item is NONE:
+            return self.framed(start, EMPTY if not low else NONE, stop)
         more = rep(self.grammar.share(seq(lit(","), item)), max(low - 1, 0), None if high is None else high - 1)
-        return seq(lit(start), rep(self.grammar.share(seq(item, more)), min(low, 1), 1), lit(stop))
+        return self.framed(start, rep(self.grammar.share(seq(item, more)), min(low, 1), 1), stop)
 
     # arrays
 
@@ -1032,7 +1054,7 @@ class Schema:
         for i in reversed(range(count)):
             here = seq(lit("," if i else ""), self.state(shape.first[i]), tail)
             tail = self.grammar.share(here if i < low else alt([here, EMPTY]))
-        return seq(lit("["), tail, lit("]"))
+        return self.framed("[", tail, "]")
 
     def counted(
         self,
@@ -1064,7 +1086,7 @@ class Schema:
             ways = [EMPTY] if place >= shape.low and done(memory, place) else []
             if shape.high is None or place < shape.high:
                 for item, after in step(memory, place):
-                    value = item if isinstance(item, Term) else self.state(item)
+                    value = self.grammar.rule(item) if isinstance(item, Term) else self.state(item)
                     ways.append(seq(lit("," if place else ""), value, rule(after, place + 1)))
             self.grammar.rules[rule(memory, place).text] = alt(ways)
         return seq(lit("["), first, lit("]"))
@@ -1100,7 +1122,7 @@ class Schema:
         return self.counted(shape, (0,) * len(shape.contains), step, done, state)
 
     def distinct(self, shape: Array, state: State) -> Term:
-        """uniqueItems of what is listed: a few in any order, more in the order of the list."""
+        """uniqueItems of what is listed."""
         values: dict[Any, Any] = {}
         places = range(len(shape.first) if shape.rest == FALSE else len(shape.first) + 1)
         for place in places:
@@ -1111,14 +1133,20 @@ class Schema:
         members = list(values.values())
         if shape.contains:
             refuse("uniqueItems", state[0].path, "beside 'contains' is not supported")
-        few = len(members) <= MAX_UNIQUE
+        if not shape.first:
+            parts = (rep(self.fixed(Fixed((member,)), state), 0, 1) for member in members)
+            high = len(members) if shape.high is None else min(shape.high, len(members))
+            pick = Term("pick", parts=tuple(parts), low=shape.low, high=high)
+            return self.framed("[", self.grammar.pick(pick), "]")
+        if len(members) > MAX_UNIQUE:
+            refuse("uniqueItems", state[0].path, "of so many, beside 'prefixItems', is not supported")
 
         def step(memory: Any, place: int) -> Iterator[tuple[State | Term, Any]]:
             for i, member in enumerate(members):
-                if (i not in memory if few else i >= memory) and self.shapes.holds(self.shapes.at(shape, place), member):
-                    yield self.fixed(Fixed((member,)), state), (memory | {i} if few else i + 1)
+                if i not in memory and self.shapes.holds(self.shapes.at(shape, place), member):
+                    yield self.fixed(Fixed((member,)), state), memory | {i}
 
-        return self.counted(shape, frozenset() if few else 0, step, lambda memory, place: True, state)
+        return self.counted(shape, frozenset(), step, lambda memory, place: True, state)
 
     # objects
 
@@ -1127,20 +1155,20 @@ class Schema:
             return self.with_some(shape, state)
         names = dict.fromkeys(name for source in shape.sources for name in source.named) | dict.fromkeys(shape.required)
         values = {name: self.shapes.of(shape, name) for name in names}
-        pairs = {
-            name: self.pair(name, value, state)
-            for name, value in values.items()
-            if value != FALSE and self.shapes.satisfiable(value)
-        }
+        parts = self.parts(values, shape, state)
         extra = alt(seq(key, self.state(value)) for key, value in self.extras(shape, names, state))
-        return self.members(pairs, set(shape.required), extra, shape, state)
+        return self.members(parts, extra, shape, state)
+
+    def parts(self, values: dict[str, State], shape: Object, state: State) -> list[Term]:
+        """The properties that have a name of their own, as members for Grammar.pick."""
+        pairs = {name: self.pair(name, value, state) for name, value in values.items() if self.shapes.satisfiable(value)}
+        return [pair if name in shape.required else rep(pair, 0, 1) for name, pair in pairs.items()]
 
     def pair(self, name: str, value: State, state: State) -> Term:
         key = name, tuple(item.key for item in value)
         if key not in self.pairs:
             try:
-                label = json.dumps(name, ensure_ascii=False)
-                label.encode()
+                label = _compact(name)
             except ValueError:
                 refuse("properties", state[0].path, "has a name that JSON cannot carry")
             self.pairs[key] = self.grammar.share(seq(lit(label + ":"), self.state(value)))
@@ -1165,7 +1193,7 @@ class Schema:
             value = join(*(s for source in shape.sources for s in self.of_patterns(source, found)))
             if value == FALSE or not self.shapes.satisfiable(value):
                 continue
-            key = text_term(Text(terms=tuple(terms)))
+            key = text_term(Text(terms=tuple(terms))) if patterns or shape.keys else both(ANY, *known)
             if key is not NONE:
                 yield self.string(key, ":"), value
 
@@ -1174,93 +1202,24 @@ class Schema:
         hit = [state for pattern, state in source.patterns if pattern in found]
         return hit or [source.rest]
 
-    def members(self, pairs: dict[str, Term], required: set[str], extra: Term, shape: Object, state: State) -> Term:
+    def members(self, parts: list[Term], extra: Term, shape: Object, state: State) -> Term:
         """All properties of an object: in the schema's order where that is strict, else in any."""
-        low, high = shape.low, shape.high
-        if low > len(required) or (high is not None and (extra is not NONE or high < len(pairs))):
-            return self.numbered(pairs, required, extra, shape, state)
-        extra = self.grammar.share(extra)
-        if not pairs:
-            return self.repeated("{", extra, "}", 0, None) if extra is not NONE else lit("{}")
-        return seq(lit("{"), (self.in_order if self.strict else self.in_any_order)(pairs, required, extra), lit("}"))
-
-    def in_order(self, pairs: dict[str, Term], required: set[str], extra: Term) -> Term:
-        """The others at the end. `tail` is what follows once one has been written, `head` while none has."""
-        tail = rep(self.grammar.share(seq(lit(","), extra)), 0, None)
-        head = alt([EMPTY, self.grammar.share(seq(extra, tail))])
-        for name, pair in reversed(pairs.items()):
-            here, after = seq(pair, tail), seq(lit(","), pair, tail)
-            if name in required:
-                head, tail = self.grammar.share(here), self.grammar.share(after)
-            else:
-                head = self.grammar.share(alt([here, head]))
-                tail = self.grammar.share(seq(rep(self.grammar.share(seq(lit(","), pair)), 0, 1), tail))
-        return head
-
-    def in_any_order(self, pairs: dict[str, Term], required: set[str], extra: Term) -> Term:
-        """A rule for each set of properties that have been written, as far as that matters: the required ones, or all of a few.
-
-        The others may come anywhere, and twice: of equal names JSON's readers keep the last, and each satisfies the schema.
-        Of very many required ones, the order is the schema's.
-        """
-        watched = [name for name in pairs if name in required or len(pairs) <= MAX_FEW]
-        others = self.grammar.share(alt([*(pair for name, pair in pairs.items() if name not in watched), extra]))
-        between = rep(self.grammar.share(seq(lit(","), others)), 0, None)
-        known: dict[int, Term] = {}
-        most = MAX_WATCHED if self.watching < MAX_WATCHING else 3
-        needed = sum(1 << i for i, name in enumerate(watched) if name in required)
-
-        def following(written: int) -> list[int]:
-            left = [i for i in range(len(watched)) if not written >> i & 1]
-            return left[:1] if len(watched) > most else left
-
-        def tail(written: int) -> Term:
-            if written not in known:
-                ways = [seq(lit(","), pairs[watched[i]], tail(written | 1 << i)) for i in following(written)]
-                ways += [EMPTY] if written & needed == needed else []
-                known[written] = self.grammar.share(seq(between, alt(ways)))
-            return known[written]
-
-        self.watching += 2 ** len(watched) if len(watched) <= most else len(watched)
-        ways = [seq(pairs[watched[i]], tail(1 << i)) for i in following(0)]
-        ways += [seq(others, tail(0))] if others is not NONE else []
-        return alt([*ways, *([] if needed else [EMPTY])])
-
-    def numbered(self, pairs: dict[str, Term], required: set[str], extra: Term, shape: Object, state: State) -> Term:
-        """minProperties and maxProperties: how many have been written is part of the rule's name.
-
-        Of those without a name of their own, one counts as distinct from the others: two equal names are one property.
-        """
-        low, high = shape.low, shape.high
-        names = list(pairs)
-        most = len(names) if high is None else min(high, len(names))
-        if len(names) * (most + 1) > MAX_COUNTED:
-            refuse("minProperties" if low else "maxProperties", state[0].path, "beside so many properties is not supported")
-        after: list[Term] = []
-        for count in range(most + 1):
-            left, room = max(low - count, 0), None if high is None else high - count
-            if extra is NONE or room == 0:
-                after.append(EMPTY if not left else NONE)
-            elif left > 1:
-                self.shapes.dead(
-                    f"'minProperties' at {state[0].path[:300]} over the number of known names needs names kept apart"
+        if shape.low > len(parts) + (extra is not NONE):
+            self.shapes.dead(f"'minProperties' at {state[0].path[:300]} over the number of known names needs names kept apart")
+        parts = parts if extra is NONE else [*parts, rep(self.grammar.share(extra), 0, None)]
+        ordered = self.strict or len(parts) <= 1
+        high = None if extra is NONE and len(parts) <= (shape.high or 0) else shape.high
+        pick = Term("pick", parts=tuple(parts), low=shape.low, high=high)
+        try:
+            return self.framed("{", self.grammar.in_turn(pick) if ordered else self.grammar.pick(pick), "}")
+        except Unsupported as error:
+            if "a count of so many" in str(error):
+                refuse(
+                    "minProperties" if shape.low else "maxProperties",
+                    state[0].path,
+                    "beside so many properties is not supported",
                 )
-                after.append(NONE)
-            else:
-                more = rep(
-                    self.grammar.share(seq(lit(","), self.grammar.share(extra))),
-                    max(left - 1, 0),
-                    None if room is None else room - 1,
-                )
-                some = seq(lit("," if count else ""), self.grammar.share(extra), more)
-                after.append(some if left else alt([some, EMPTY]))
-        for i in reversed(range(len(names))):
-            here = []
-            for count in range(min(most, i) + 1):
-                with_it = seq(lit("," if count else ""), pairs[names[i]], after[count + 1]) if count < most else NONE
-                here.append(self.grammar.share(with_it if names[i] in required else alt([with_it, after[count]])))
-            after = here
-        return seq(lit("{"), after[0], lit("}"))
+            raise
 
     def with_some(self, shape: Object, state: State) -> Term:
         """There is a property of this name and value: one that has a name of its own, or one of the others."""
@@ -1274,22 +1233,12 @@ class Schema:
             if matches(key, name):
                 held = replace(plain, required=(*shape.required, name), sources=(*shape.sources, Source({name: value})))
                 ways.append(self.object(held, state) if self.shapes.alive(held) else NONE)
-        pairs = {
-            name: self.pair(name, self.shapes.of(shape, name), state)
-            for name in names
-            if self.shapes.satisfiable(self.shapes.of(shape, name))
-        }
         narrow = [(k, join(v, value)) for k, v in self.extras(replace(plain, keys=(*shape.keys, key)), names, state)]
         one = alt(seq(k, self.state(v)) for k, v in narrow if self.shapes.satisfiable(v))
         if one is not NONE:
             whole = alt(seq(k, self.state(v)) for k, v in self.extras(plain, names, state))
-            tail = seq(lit(","), one, rep(self.grammar.share(seq(lit(","), whole)), 0, None))
-            head = seq(one, rep(self.grammar.share(seq(lit(","), whole)), 0, None))
-            for name, pair in reversed(pairs.items()):
-                here, after = seq(pair, tail), seq(lit(","), pair, tail)
-                head, tail = (here, after) if name in shape.required else (alt([here, head]), alt([after, tail]))
-                head, tail = self.grammar.share(head), self.grammar.share(tail)
-            ways.append(seq(lit("{"), head, lit("}")))
+            parts = self.parts({name: self.shapes.of(shape, name) for name in names}, shape, state)
+            ways.append(self.members([*parts, self.grammar.share(one)], whole, plain, state))
         return alt(ways)
 
     _KIND: dict[Any, Callable[[Schema, Any, State], Term]] = {
@@ -1305,10 +1254,16 @@ class Schema:
 
 
 def _bounded(work: Callable[[], Any]) -> Any:
+    """Raises Unsupported where the work recurses too deep. It leaves no garbage: to look for some amid it takes longer than the work."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
         return work()
     except RecursionError:
         raise Unsupported("nesting this deep is not supported") from None
+    finally:
+        if collects:
+            gc.enable()
 
 
 def schema_grammar(schema: Any, draft: int = 0, strict: bool = False) -> str:

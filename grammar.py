@@ -2,7 +2,8 @@
 
 The text is a core that both dialects are made of. A line is a rule, ``name ::= body``; a body is of literals, positive character
 classes, names, groups, alternatives and repetitions of one atom; a rule may instead be ``a & b & ~c``, the texts that are in the
-first rules and not in those marked ``~`` (all of them regular). `root` is the whole. Texts are put together by `prefixed`.
+first rules and not in those marked ``~`` (all of them regular); or ``%{low,high} a b? c*``, members in any order with commas between
+them, low to high of them: a once, b at most once, c any number of times (towards `low` it is one, as it may be repeated). `root` is the whole. Texts are put together by `prefixed`.
 A name with t is a token: it leads to tokens only, and where it may begin, it is read as far as it goes. Others begin with r.
 
 Only what the dialects take alike is written: rule names of letters and digits, ``""`` for an empty alternative, the escapes
@@ -43,6 +44,12 @@ from regular import (
 )
 
 MAX_RULES, MAX_TEXT, MAX_DEPTH = 20_000, 2_000_000, 64
+MAX_PICKED, MAX_COUNTED = 62, 4_000  # the bits that llguidance has for both, but two
+MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
+    5,
+    8,
+    1_000,
+)  # in EBNF: members kept apart whether needed or not, and needed ones, in any order
 
 
 # ---- writing
@@ -79,12 +86,13 @@ class Grammar:
         self.names: dict[Term, Term] = {}  # the reference of each term that has a rule
         self.todo: deque[str] = deque()
         self.seen: set[str] = set()
+        self.watching = 0  # rules for what has been written of members in any order
 
     def name(self, term: Term | None = None) -> str:
         """A fresh rule: a token where its term is whole and leads to no other, else to be filled in."""
         if len(self.rules) >= MAX_RULES:
             raise Unsupported(f"a grammar of more than {MAX_RULES} rules is not supported")
-        fresh = f"{'r' if term is None or self.structured(term) else 't'}{len(self.rules)}"
+        fresh = f"{'r' if term is None or has(term, 'ref', 'pick') else 't'}{len(self.rules)}"
         term = term or EMPTY
         self.rules[fresh] = term
         return fresh
@@ -98,14 +106,10 @@ class Grammar:
     def rule(self, term: Term) -> Term:
         if term.op == "ref":
             return term
-        if term not in self.names:
-            self.names[term] = Term("ref", self.name(self.spelled(term)))
-        return self.names[term]
-
-    def structured(self, term: Term) -> bool:
-        if term.op == "ref":
-            return term.text[0] == "r"
-        return any(map(self.structured, term.parts))
+        found = self.names.get(term)
+        if found is None:
+            found = self.names[term] = Term("ref", self.name(self.spelled(term)))
+        return found
 
     def spelled(self, term: Term) -> Term:
         """Remainders have no notation: what they are part of is written as its states, one rule each."""
@@ -140,6 +144,84 @@ class Grammar:
             self.rules[ref.text] = bodies[state]
         return refs[0]
 
+    # members with commas between them
+
+    def pick(self, term: Term) -> Term:
+        """Members in any order. Too many for that are kept apart only where they are needed, or follow each other as they stand."""
+        once = sum(part.high is not None or part.op != "rep" for part in term.parts)
+        if once > MAX_PICKED and not term.low and term.high is None:
+            parts = tuple(rep(part.parts[0], 0, None) if part.op == "rep" else part for part in term.parts)
+            term, once = Term("pick", parts=parts), sum(part.op != "rep" for part in parts)
+        return self.in_turn(term) if once + (term.high or 0).bit_length() > MAX_PICKED else self.rule(term)
+
+    def in_turn(self, pick: Term) -> Term:
+        """The members in the order of the parts, those that may come any number of times last: a rule for each part and count."""
+        once, free, low, high = self._members(pick)
+        most = min(len(once), max(low, 1) if high is None else high)  # this many, or more than need to be counted
+        if (low or high is not None) and len(once) * (most + 1) > MAX_COUNTED:
+            raise Unsupported("a count of so many members is not supported")
+        after: list[Term] = []
+        for count in range(most + 1):
+            left, room = max(low - count, 0), None if high is None else high - count
+            if free is NONE or room == 0 or left > 1:
+                after.append(NONE if left else EMPTY)
+                continue
+            more = rep(self.share(seq(lit(","), free)), 0, None if room is None else room - 1)
+            some = more if count and not left and high is None else seq(lit("," if count else ""), free, more)
+            after.append(some if left or some is more else self.share(alt([EMPTY, some])))
+        for i, (part, needed) in reversed([*enumerate(once)]):
+            here = []
+            for count in range(min(most, i) + 1):
+                then = after[min(count + 1, most)] if high is None or count < high else NONE
+                member = seq(lit(","), part) if count else part
+                if not needed and count == most and high is None:
+                    here.append(self.share(seq(rep(member, 0, 1), then)))
+                else:
+                    here.append(self.share(alt([seq(member, then), *([] if needed else [after[count]])])))
+            after = here
+        return after[0]
+
+    def _members(self, pick: Term) -> tuple[list[tuple[Term, bool]], Term, int, int | None]:
+        """(part, whether it is needed) of those that are there once, all others as one term, and the bounds that matter."""
+        once = [
+            (part.parts[0], False) if part.op == "rep" else (part, True) for part in pick.parts if part.high or part.op != "rep"
+        ]
+        free = self.share(alt(part.parts[0] for part in pick.parts if part.op == "rep" and part.high is None))
+        low = pick.low if pick.low > sum(needed for _, needed in once) else 0
+        return once, free, low, None if free is NONE and pick.high is not None and pick.high >= len(once) else pick.high
+
+    def any_order(self, pick: Term) -> Term:
+        """A rule for each set of members that have been written, as far as that matters: the needed ones, or all of a few.
+
+        The others may come anywhere and, where nothing is counted, twice: of equal names JSON's readers keep the last. Of very many
+        needed ones, and where many are counted, the order is that of the parts.
+        """
+        once, free, low, high = self._members(pick)
+        bounded, few = low > 0 or pick.high is not None, len(once) <= MAX_FEW
+        if bounded and (free is not NONE or not few):
+            return self.in_turn(pick)
+        watched = [one for one in once if one[1] or few]
+        others = self.share(alt([*(part for part, needed in once if not (needed or few)), free]))
+        between = rep(self.share(seq(lit(","), others)), 0, None)
+        known: dict[int, Term] = {}
+        most = MAX_WATCHED if self.watching < MAX_WATCHING else 3
+        self.watching += 2 ** len(watched) if len(watched) <= most else len(watched)
+        needs = sum(1 << i for i, (_, needed) in enumerate(watched) if needed)
+
+        def ways(written: int, comma: Term) -> Term:
+            left = [i for i in range(len(watched)) if not written >> i & 1]
+            count = len(watched) - len(left)
+            room = left[:1] if len(watched) > most else left if high is None or count < high else []
+            found = [seq(comma, watched[i][0], tail(written | 1 << i)) for i in room]
+            return alt([*found, *([EMPTY] if written & needs == needs and count >= low else [])])
+
+        def tail(written: int) -> Term:
+            if written not in known:
+                known[written] = self.share(seq(between, ways(written, lit(","))))
+            return known[written]
+
+        return self.share(alt([ways(0, EMPTY), *([] if others is NONE else [seq(others, tail(0))])]))
+
     def text(self, root: Term) -> str:
         """The grammar's text; rules that can never end are left out of it."""
         self._prune(root)
@@ -173,6 +255,9 @@ class Grammar:
             return " & ".join(
                 "~" + self._refer(part.parts[0]) if part.op == "not" else self._refer(part) for part in term.parts
             )
+        if term.op == "pick":
+            bounds = f"%{{{term.low},{'' if term.high is None else term.high}}}"
+            return " ".join([bounds, *(self._write(part) for part in term.parts)])
         return self._write(term)
 
     def _write(self, term: Term, inside: str = "") -> str:
@@ -180,7 +265,7 @@ class Grammar:
             return _quoted(term.text)
         if term.op == "set" and _inline(term):
             return _class(term.ranges)
-        if term.op in ("set", "ref", "and"):
+        if term.op in ("set", "ref", "and", "pick"):
             return self._refer(term)
         if term.op == "rep":
             if max(term.low, term.high or 0) > MAX_REPEAT:
@@ -211,12 +296,15 @@ def _inline(term: Term) -> bool:
 
 def settle(rules: dict[str, Term], test: Callable[[Term, set[str]], bool]) -> set[str]:
     """The rules that pass the test, given that those found before pass it."""
-    users: dict[str, list[str]] = {}
-    for name, term in rules.items():
-        for used in _used(term):
-            users.setdefault(used, []).append(name)
     done: set[str] = set()
-    todo = deque(rules)
+    for name in reversed(rules):  # what a rule leads to mostly comes after it
+        if test(rules[name], done):
+            done.add(name)
+    todo = deque(name for name in rules if name not in done)
+    users: dict[str, list[str]] = {}
+    for name in todo:
+        for used in _used(rules[name]):
+            users.setdefault(used, []).append(name)
     while todo:
         name = todo.popleft()
         if name not in done and test(rules[name], done):
@@ -236,13 +324,18 @@ def _used(term: Term) -> set[str]:
 
 
 def _ends(term: Term, done: set[str]) -> bool:
+    if not has(term, "ref", "pick"):  # tokens are known to hold a text before they are made
+        return term is not NONE
     if term.op == "ref":
         return term.text in done
     if term.op == "rep":
         return term.low == 0 or _ends(term.parts[0], done)
+    if term.op == "pick":
+        found = [part for part in term.parts if _ends(part.parts[0] if part.op == "rep" else part, done)]
+        return len(found) >= term.low and all(part in found for part in term.parts if part.op != "rep")
     if term.op in ("alt", "seq"):
         return (any if term.op == "alt" else all)(_ends(part, done) for part in term.parts)
-    return True  # an 'and' is known to hold a text before it is made
+    return True
 
 
 def _mapped(term: Term, refs: Callable[[str], Term]) -> Term:
@@ -252,6 +345,8 @@ def _mapped(term: Term, refs: Callable[[str], Term]) -> Term:
     if not term.parts or term.op in ("and", "not"):
         return term
     parts = [_mapped(part, refs) for part in term.parts]
+    if term.op == "pick":
+        return Term("pick", parts=tuple(part for part in parts if part != EMPTY), low=term.low, high=term.high)
     return seq(*parts) if term.op == "seq" else alt(parts) if term.op == "alt" else rep(parts[0], term.low, term.high)
 
 
@@ -290,8 +385,11 @@ def in_json(term: Term) -> Term:
     return Term(term.op, parts=tuple(map(in_json, term.parts)))
 
 
-def quoted(term: Term) -> Term:
-    return seq(lit('"'), in_json(term), lit('"'))
+def quoted(term: Term, after: str = "") -> Term:
+    """As a JSON string. Of texts in all of several terms, each is one: what strings are is then the same for every name."""
+    if term.op in ("and", "not"):
+        return Term(term.op, parts=tuple(quoted(part, after) for part in term.parts))
+    return seq(lit('"'), in_json(term), lit('"' + after))
 
 
 # ---- grammars in the client's own words, and the core's own lines
@@ -300,7 +398,7 @@ def quoted(term: Term) -> Term:
 _TOKEN = re.compile(
     r'''(?P<rule>[A-Za-z][A-Za-z0-9_-]*)(?=\s*::=)|(?P<is>::=)|(?P<ref>[A-Za-z][A-Za-z0-9_-]*)|"(?P<lit>(?:[^"\\\n]|\\.)*)"'''
     r"""|\[(?P<set>\^?(?:[^\]\\\n]|\\.)*)\]|(?P<dot>\.)|(?P<suffix>[?*+]|\{\s*\d{1,6}\s*(?:,\s*(?:\d{1,6})?\s*)?\})|(?P<mark>[()|])"""
-    r"""|(?P<core>[&~])"""
+    r"""|(?P<core>[&~%])"""
 )
 _SKIP = re.compile(r"(?:\s|#[^\n]*)*")
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.S)
@@ -382,6 +480,10 @@ class Gbnf:
     def alternatives(self, depth: int) -> Term:
         if depth > MAX_DEPTH:
             raise Unsupported(f"a grammar nested deeper than {MAX_DEPTH} is not supported")
+        if self.tokens[-1:] == [("core", "%")]:
+            self.tokens.pop()
+            low, high = self.bounds(self.tokens.pop()[1])
+            return Term("pick", parts=tuple(self.parts(depth)), low=low, high=high)
         branches = [self.sequence(depth)]
         while self.tokens and self.tokens[-1] in (("mark", "|"), ("core", "&")):
             joint = self.tokens.pop()[1]
@@ -391,6 +493,9 @@ class Gbnf:
         return alt(branches)
 
     def sequence(self, depth: int) -> Term:
+        return seq(*self.parts(depth))
+
+    def parts(self, depth: int) -> list[Term]:
         parts = []
         while self.next() in ("ref", "lit", "set", "dot") or self.tokens[-1:] == [("mark", "(")]:
             term = self.atom(depth)
@@ -400,7 +505,7 @@ class Gbnf:
                     raise Unsupported(f"a repetition over {MAX_REPEAT} in the grammar is not supported")
                 term = rep(self.grammar.share(term), low, high)
             parts.append(term)
-        return seq(*parts)
+        return parts
 
     def atom(self, depth: int) -> Term:
         kind, text = self.tokens.pop()
@@ -504,6 +609,8 @@ def own_grammar(text: str) -> str:
 
 
 _CORE_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")|(\[(?:[^\]\\]|\\.)*\])|\{(\d+)\}|\b([A-Za-z]\w*)')
+# what is another in Lark, and what must not be looked into
+_LARK_TOKEN = re.compile(_CORE_TOKEN.pattern.replace("[A-Za-z]", "t"))
 
 
 def prefixed(text: str, prefix: str) -> str:
@@ -515,23 +622,57 @@ def prefixed(text: str, prefix: str) -> str:
     return _CORE_TOKEN.sub(lambda m: fresh(m[4]) if m[4] else m[0], text)
 
 
+def spaced(text: str) -> str:
+    """The same with any whitespace between two tokens, which llguidance alone can follow."""
+    return f'{text}{_SPACED} ::= ""\n'
+
+
+_SPACED = "spaced"
+
+
 def lark_grammar(text: str) -> str:
     """The core in llguidance's dialect of Lark (its own converter from GBNF breaks escapes).
 
     Its lexer takes the longest token and never goes back: what may begin alike must be a token as a whole, or of single characters.
     """
-    rules = dict(line.split(" ::= ", 1) for line in text.splitlines())
-    tokens = {name for name in rules if name[0] == "t"}
-    if not any(m[4] and m[4] not in tokens for m in _CORE_TOKEN.finditer(rules["root"])):
-        tokens.add("root")
+    converted = _LARK_TOKEN.sub(
+        lambda m: m[1] or (f"/{m[2]}/" if m[2] else m[4].upper() if m[4] else f"{{{m[3]},{m[3]}}}"), text
+    )
+    rules = dict(line.split(" ::= ", 1) for line in converted.splitlines())
+    ignored = ["%ignore /[ \\n\\r\\t]+/"] if rules.pop(_SPACED, None) else []
+    if not any(m[4] and m[4][0] == "r" for m in _CORE_TOKEN.finditer(rules["root"])):
+        rules = {"ROOT" if name == "root" else name: body for name, body in rules.items()}
+    lines = [_picked(name, body) if body[0] == "%" else f"{name}: {body}" for name, body in rules.items()]
+    return "\n".join([f"start: {'ROOT' if 'ROOT' in rules else 'root'}", *lines, *ignored])
 
-    def convert(m: re.Match[str]) -> str:
-        if m[4]:
-            return m[4].upper() if m[4] in tokens else m[4]
-        return m[1] or (f"/{m[2]}/" if m[2] else f"{{{m[3]},{m[3]}}}")
 
-    lines = [_CORE_TOKEN.sub(convert, f"{name}: {body}") for name, body in rules.items()]
-    return "\n".join([f"start: {'ROOT' if 'root' in tokens else 'root'}", *lines])
+_MEMBER = re.compile(r'("(?:[^"\\]|\\.)*"|/.*?/|\w+)([?*]?)')
+
+
+def _picked(name: str, body: str) -> str:
+    """Members in any order, as rules with a parameter (llguidance's docs/parametric.md): a bit for each that is there once, the needed
+    ones first, one for all others, and a count where there is a limit."""
+    bounds, _, members = body.partition(" ")
+    low, high = Gbnf.bounds(bounds[1:])
+    found = sorted(_MEMBER.findall(members), key=lambda one: ("", "?", "*").index(one[1]))
+    needed, once = (sum(mark in marks for _, mark in found) for marks in (("",), ("", "?")))
+    limit = [] if high is None else [f"lt([{once + 1}:{once + 2 + high.bit_length()}], {high})"]
+    ends = [f"is_ones([0:{needed}])"] * (needed > 0) + [f"bit_count_ge([0:{once + 1}], {low})"] * (low > needed)
+    ways = []
+    for i, (part, mark) in enumerate(found):
+        marked = f"set_bit({min(i, once)})" if mark != "*" or low > needed else "_"
+        ways.append(f"{part} {name}_b::{marked}{_if([f'bit_clear({i})'] * (mark != '*') + limit)}")
+    counted = f"incr([{once + 1}:{once + 2 + high.bit_length()}])" if high is not None else "_"
+    lines = [  # a rule of nothing but another with a changed parameter would lose the change
+        f"{name}: {name}_{'c' if ends else 'a'}::0x0",
+        f'{name}_b::_: "," {name}_c::{counted} | ""{_if(ends)}',
+        f"{name}_c::_: {' | '.join(ways)}",
+    ]
+    return "\n".join(lines if ends else [*lines, f'{name}_a::_: {name}_c::_ | ""'])
+
+
+def _if(tests: list[str]) -> str:
+    return f" %if {tests[0] if len(tests) == 1 else f'and({tests[0]}, {tests[1]})'}" if tests else ""
 
 
 def ebnf_grammar(text: str) -> str:
@@ -548,8 +689,13 @@ def ebnf_grammar(text: str) -> str:
 
 def _ebnf(text: str) -> str:
     reader = Gbnf(text, core=True)
+    if text.endswith(spaced("")):
+        raise Unsupported("'whitespace': 'any' is not supported: only llguidance can follow it, leave it out")
     root = reader.read()
     rules = reader.grammar.rules
+    for name, term in list(rules.items()):
+        if term.op == "pick":
+            rules[name] = reader.grammar.any_order(term)
     named = {fresh: name for name, fresh in reader.names.items()}
     flat = settle(rules, _leads_to)
     for name, term in list(rules.items()):
@@ -592,7 +738,7 @@ def _counted(part: Term, low: int, high: int | None) -> Term:
 def _few_states(term: Term, rules: dict[str, Term]) -> States:
     """The states of an &. xgrammar works out the vocabulary for each, so of many words to be kept apart, what begins alike goes too."""
     made = States(term, rules)
-    for length in (3, 2, 1):
+    for length in (4, 3, 2):  # with the quotation mark
         if len(made.ends) > MAX_MASKS:
             parts = [_begun(part, rules, length) if part.op == "not" else part for part in term.parts]
             shorter = both(*parts)

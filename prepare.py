@@ -19,13 +19,14 @@ from dataclasses import replace
 from typing import Any
 
 from chat_syntax import ChatTemplate
-from constraints import Unsupported, choice_grammar, own_grammar, regex_grammar, writing_grammar
+from constraints import Unsupported, choice_grammar, own_grammar, regex_grammar, spaced, writing_grammar
 from engine import CHARACTERS, Prompt, Refused, Sampling, too_long
 
 log = logging.getLogger("openai_api_endpoint")
 
 GRAMMARS: dict[str, Callable[[Any], str]] = {
     "json": writing_grammar,
+    "spaced": lambda schema: spaced(writing_grammar(schema)),
     "regex": regex_grammar,
     "choice": choice_grammar,
     "grammar": own_grammar,

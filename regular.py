@@ -14,7 +14,6 @@ import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -34,24 +33,27 @@ class Unsupported(ValueError):
 Ranges = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, eq=False)
+_BITS = {"and": 1, "mod": 2, "rep": 4, "pick": 8, "ref": 16}
+
+
 class Term:
     """A piece of grammar: 'lit' text, 'set' ranges, 'ref' text, 'seq' parts, 'alt' parts, 'rep' parts[0] low..high,
-    'and' parts (in all of them), 'not' parts[0] (any text but these; only as a part of 'and', never its first),
+    'pick' parts low..high (grammar.py), 'and' parts (in all of them), 'not' parts[0] (any text but these; only as a part of 'and', never its first),
     'mod' low (decimals of at most `high` places of which low / 10**high is a divisor)."""
 
-    op: str
-    text: str = ""
-    parts: tuple[Term, ...] = ()
-    ranges: Ranges = ()
-    low: int = 0
-    high: int | None = None
+    __slots__ = ("_hash", "high", "low", "op", "ops", "parts", "ranges", "text")
 
-    def __post_init__(self) -> None:  # deep terms are keys of many tables: each is hashed once, from its parts' hashes
-        object.__setattr__(self, "_hash", hash((self.op, self.text, self.parts, self.ranges, self.low, self.high)))
+    def __init__(
+        self, op: str, text: str = "", parts: tuple[Term, ...] = (), ranges: Ranges = (), low: int = 0, high: int | None = None
+    ) -> None:
+        self.op, self.text, self.parts, self.ranges, self.low, self.high = op, text, parts, ranges, low, high
+        self._hash = hash((op, text, parts, ranges, low, high))  # deep terms are keys of many tables: from their parts' hashes
+        self.ops = _BITS.get(op, 0) if op != "ref" or text[0] == "r" else 0
+        for part in parts:
+            self.ops |= part.ops
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -308,12 +310,11 @@ class Automaton:
 
     def together(self, term: Term, states: tuple[frozenset[int], ...]) -> list[tuple[int, int, tuple[frozenset[int], ...]]]:
         """The moves of an 'and': those of all its parts at once; a complement's part may be lost, and then never comes back."""
-        out = []
-        moves = [self.moves(state) for state in states]
-        for a, b, found in _sweep(moves):
-            if all(state or part.op == "not" for part, state in zip(term.parts, found, strict=True)):
-                out.append((a, b, found))
-        return out
+        found: list[tuple[int, int, tuple[frozenset[int], ...]]] = [(a, b, (after,)) for a, b, after in self.moves(states[0])]
+        for part, state in zip(term.parts[1:], states[1:], strict=True):
+            if found:  # where nothing is left, the others need not be made
+                found = list(_met(found, self.moves(state), part.op == "not"))
+        return found
 
     def moves(self, state: frozenset[int]) -> list[Move]:
         """(first, last, next state), in order and apart."""
@@ -381,19 +382,24 @@ class Automaton:
         return most
 
 
-def _sweep(moves: list[list[Move]]) -> Iterator[tuple[int, int, tuple[frozenset[int], ...]]]:
-    """The stretches of characters over which all the lists stay the same, with the state each leads to (empty: none)."""
-    cuts = sorted({a for each in moves for a, _, _ in each} | {b + 1 for each in moves for _, b, _ in each})
-    at = [0] * len(moves)
-    for cut, end in zip(cuts, cuts[1:], strict=False):
-        found = []
-        for i, each in enumerate(moves):
-            while at[i] < len(each) and each[at[i]][1] < cut:
-                at[i] += 1
-            here = at[i] < len(each) and each[at[i]][0] <= cut
-            found.append(each[at[i]][2] if here else frozenset())
-        if any(found):
-            yield cut, end - 1, tuple(found)
+_LOST: frozenset[int] = frozenset()
+
+
+def _met(found: list[Any], moves: list[Move], negated: bool) -> Iterator[tuple[int, int, tuple[frozenset[int], ...]]]:
+    """The stretches of characters of both, with the state that each part is led to; a complement's part may be lost."""
+    at = 0
+    for a, b, states in found:
+        while at < len(moves) and moves[at][1] < a:
+            at += 1
+        i = at
+        while i < len(moves) and moves[i][0] <= b:
+            low, high, after = moves[i]
+            if negated and a < low:
+                yield a, low - 1, (*states, _LOST)
+            yield max(a, low), min(b, high), (*states, after)
+            a, i = high + 1, i + 1
+        if negated and a <= b:
+            yield a, b, (*states, _LOST)
 
 
 def nothing(term: Term) -> bool:
@@ -816,7 +822,11 @@ def _same_length(a: str, b: str) -> Term:
 
 
 @lru_cache(maxsize=256)
-def naturals(low: int, high: int) -> Term:
+def naturals(low: int, high: int | None) -> Term:
+    """From low to high; without an end, of any number of digits."""
+    if high is None:
+        nines = 10 ** len(str(low)) - 1
+        return alt([naturals(low, nines), seq(NONZERO, rep(DIGIT, len(str(low)), None))])
     if low > high:
         return NONE
     if low <= 1 and high >= 9 and str(high + 1).strip("0") == "1":
@@ -829,8 +839,14 @@ def naturals(low: int, high: int) -> Term:
     return alt(parts)
 
 
-def integers(low: int | None, high: int | None) -> Term:
-    """Whole numbers without point and exponent, of at most DIGITS digits where a bound does not ask for more."""
+def integers(low: int | None, high: int | None, endless: bool = False) -> Term:
+    """Whole numbers without point and exponent, of at most DIGITS digits where a bound does not ask for more, or `endless`."""
+    if endless:
+        parts = [naturals(max(low or 0, 0), high)] if high is None or high >= 0 else []
+        parts += (
+            [seq(lit("-"), naturals(max(1, -(high or 0)), None if low is None else -low))] if low is None or low < 0 else []
+        )
+        return alt(parts)
     cap = 10**DIGITS - 1
     low = (-cap if high is None else min(-cap, high - cap)) if low is None else low
     high = max(cap, low + cap) if high is None else high
@@ -883,8 +899,8 @@ def _fraction(low: str | None, high: str | None, above: bool, below: bool, left:
     return stop, alt(parts)
 
 
-def _decimals(low: Bound, high: Bound | None, digits: int) -> Term:
-    """Decimals from low (at least nought) to high, without an exponent."""
+def _decimals(low: Bound, high: Bound | None, digits: int, plain: bool) -> Term:
+    """Decimals from low (at least nought) to high, without an exponent; `plain`: of any number of digits before the point."""
     (bottom, above), (top, below) = low, high or (Fraction(0), False)
     first, last = int(bottom), int(top)
     tails = [_digits(bottom - first), _digits(top - last)]
@@ -895,8 +911,8 @@ def _decimals(low: Bound, high: Bound | None, digits: int) -> Term:
 
     if high is not None and first == last:
         return seq(lit(str(first)), tail(tails[0], tails[1]))
-    cap = max(10**DIGITS, first * 10) - 1
     parts = [seq(lit(str(first)), tail(tails[0], None))]
+    cap = None if plain else max(10**DIGITS, first * 10) - 1
     parts.append(seq(naturals(first + 1, cap if high is None else last - 1), tail(None, None)))
     if high is not None:
         parts.append(seq(lit(str(last)), tail(None, tails[1])))
@@ -933,7 +949,7 @@ def decimals(low: Bound | None, high: Bound | None, plain: bool = False) -> Term
         if high is None and start == zero and not plain:
             parts.append(_UNSIGNED)
         elif high is None or start[0] < high[0] or (start[0] == high[0] and not start[1] and not high[1]):
-            parts.append(_decimals(start, high, digits))
+            parts.append(_decimals(start, high, digits, plain))
             if start[0] == 0 and (high is None or high[0] >= 1) and not plain:
                 parts.append(_SMALL)
     if low is None or low[0] < 0:
@@ -943,10 +959,10 @@ def decimals(low: Bound | None, high: Bound | None, plain: bool = False) -> Term
             parts.append(
                 seq(lit("-"), _UNSIGNED)
                 if high is None or high == zero
-                else seq(lit("-"), alt([_decimals(start, None, digits), _SMALL]))
+                else seq(lit("-"), alt([_decimals(start, None, digits, plain), _SMALL]))
             )
         elif end is None or start[0] < end[0] or (start[0] == end[0] and not start[1] and not end[1]):
-            parts.append(seq(lit("-"), _decimals(start, end, digits)))
+            parts.append(seq(lit("-"), _decimals(start, end, digits, plain)))
     return alt(parts)
 
 
@@ -967,5 +983,5 @@ def multiples(step: Fraction, most: int = 2_000) -> Term:
 
 
 def has(term: Term, *ops: str) -> bool:
-    """Whether one of these kinds is anywhere in the term."""
-    return term.op in ops or any(has(part, *ops) for part in term.parts)
+    """Whether one of these kinds is anywhere in the term; of references, those to rules that are no tokens."""
+    return bool(term.ops & sum(map(_BITS.__getitem__, ops)))

@@ -1,11 +1,12 @@
 """Real schemas with valid and invalid instances, held against this server's grammars and its check.
 
     pip install llguidance==1.9.1 xgrammar==0.2.8
-    python examples/schema_bench.py DATA [--engine llguidance|xgrammar] [--every N] [--show WORD]
+    python examples/schema_bench.py DATA [--engine llguidance|xgrammar] [--native] [--every N] [--show WORD]
 
 DATA is maskbench/data of github.com/guidance-ai/jsonschemabench (a folder of JSON files), or a .jsonl.gz made of it. A schema passes
 when its grammar can be made and takes every valid instance (compact JSON, in the order of its file) and no invalid one. `llguidance`
-runs the grammar that llamacpp, transformers and exllamav3 follow, `xgrammar` the one that OpenVINO does.
+runs the grammar that llamacpp, transformers and exllamav3 follow, `xgrammar` the one that OpenVINO does. With --native the library's
+own JSON Schema compiler is measured in this server's place.
 """
 
 import argparse
@@ -33,16 +34,18 @@ def cases(data: str) -> Iterator[Any]:
             yield {"name": file.name, **json.loads(file.read_text())}
 
 
-def with_llguidance() -> Callable[[str], Takes]:
+def with_llguidance(native: bool) -> Callable[[Any], Takes]:
     import llguidance
 
     tokens = llguidance.LLTokenizer("byte")
 
-    def made(text: str) -> Takes:
-        grammar = constraints.lark_grammar(text)
+    def made(given: Any) -> Takes:
+        compact = {"whitespace_flexible": False}
+        compiled = llguidance.LLMatcher.grammar_from_json_schema
+        grammar = compiled(given, overrides=compact) if native else constraints.lark_grammar(given)
         problem = llguidance.LLMatcher.validate_grammar(grammar, tokens)
         if problem and not problem.startswith("WARNING"):
-            raise ValueError(problem)
+            raise constraints.Unsupported(problem.split("\n")[0])
 
         def takes(instance: str) -> bool:
             matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
@@ -53,15 +56,22 @@ def with_llguidance() -> Callable[[str], Takes]:
     return made
 
 
-def with_xgrammar() -> Callable[[str], Takes]:
+def with_xgrammar(native: bool) -> Callable[[Any], Takes]:
     import xgrammar
 
     vocabulary = [bytes([i]) for i in range(256)] + [b"</s>"]
     info = xgrammar.TokenizerInfo(vocabulary, xgrammar.VocabType.RAW, vocab_size=257, stop_token_ids=[256])
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
-    def made(text: str) -> Takes:
-        grammar = compiler.compile_grammar(xgrammar.Grammar.from_ebnf(constraints.ebnf_grammar(text)))
+    def made(given: Any) -> Takes:
+        if native:
+            try:
+                compact = {"any_whitespace": False, "separators": (",", ":"), "strict_mode": False, "any_order": True}
+                grammar = compiler.compile_json_schema(json.dumps(given), **compact)
+            except RuntimeError as error:
+                raise constraints.Unsupported(str(error).split("\n")[-1]) from None
+        else:
+            grammar = compiler.compile_grammar(xgrammar.Grammar.from_ebnf(constraints.ebnf_grammar(given)))
 
         def takes(instance: str) -> bool:
             matcher = xgrammar.GrammarMatcher(grammar)
@@ -76,10 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--engine", choices=["llguidance", "xgrammar"], default="llguidance")
+    parser.add_argument("--native", action="store_true", help="the library's own compiler of schemas")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--show", help="name the schemas whose refusal holds this word, and every fault")
     given = parser.parse_args()
-    made = {"llguidance": with_llguidance, "xgrammar": with_xgrammar}[given.engine]()
+    made = {"llguidance": with_llguidance, "xgrammar": with_xgrammar}[given.engine](given.native)
     total: collections.Counter[str] = collections.Counter()
     reasons: collections.Counter[str] = collections.Counter()
     times: dict[str, list[float]] = {"grammar": [], "engine": []}
@@ -96,7 +107,7 @@ def main() -> None:
         total["schemas"] += 1
         started = time.perf_counter()
         try:
-            text = constraints.schema_grammar(case["schema"])
+            text = case["schema"] if given.native else constraints.schema_grammar(case["schema"])
             times["grammar"].append(time.perf_counter() - started)
             takes = made(text)
             times["engine"].append(time.perf_counter() - started - times["grammar"][-1])

@@ -211,3 +211,26 @@ def test_bans_that_leave_a_constraint_nothing(engine):
         )
         assert (status, reply["error"]["param"]) == (400, "logit_bias")
     assert engine.models.engine.process.pid == pid and not engine.models.engine.jobs
+
+
+def test_whitespace(engine):
+    """Between tokens where the client allows it, which llguidance alone can follow: elsewhere it is refused by name."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"maxLength": 9, "type": "string"}, "age": {"enum": [1, 2]}},
+        "required": ["name", "age"],
+    }
+    allowed = {"json": schema, "whitespace": "any"}
+    status, reply, _ = ask(engine, {"structured_outputs": allowed, "n": 8, "seed": 3})
+    if engine.models.engine.info.backend == "openvino":
+        assert (status, reply["error"]["param"]) == (400, "structured_outputs")
+        assert "whitespace" in reply["error"]["message"]
+        return
+    texts = [choice["message"]["content"] for choice in reply["choices"] if choice["finish_reason"] == "stop"]
+    for text in texts:
+        jsonschema.validate(json.loads(text), schema)
+    assert any(re.sub(r'"[^"]*"', "", text) != re.sub(r'"[^"]*"|\s', "", text) for text in texts)
+    for choice in ask(engine, {"structured_outputs": {"json": schema, "whitespace": "compact"}, "n": 8, "seed": 3})[1][
+        "choices"
+    ]:
+        assert not re.search(r"\s", re.sub(r'"[^"]*"?', "", choice["message"]["content"]))

@@ -159,6 +159,7 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
     ("ref beside type", {"$ref": "#/$defs/x", "type": "string", "$defs": {"x": {}}}, None),
     ("tree", TREE, None),
     ("linked", {"$ref": "#/$defs/n", **LINKED}, None),
+    ("counts beside very many", {"properties": {f"p{i}": {} for i in range(70)}, "minProperties": 60}, "minProperties"),
     ("never ends", {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "never end"),
     ("ref to itself", {"$ref": "#"}, "repeats"),
     ("left recursion", {"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "repeats"),

@@ -180,6 +180,24 @@ def test_ignored_fields_are_named(scripted, caplog):
     assert len([r for r in caplog.records if "bogus" in r.getMessage()]) == 1
 
 
+def test_unknown_words_of_a_schema_are_named(scripted, caplog):
+    """They constrain nothing, so they are told as unknown fields are, with the word that was perhaps meant; the format is one."""
+    schema = {"type": "integer", "x-unit": "m", "minimun": 3, "properties": {"a": {"format": "colour", "title": "A"}}}
+    format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    status, reply, headers = scripted.chat("echo 12", response_format=format, bogus=1)
+    assert (status, reply["choices"][0]["message"]["content"]) == (200, "12")
+    assert set(headers["X-Ignored-Fields"].split(", ")) == {
+        "bogus",
+        "response_format.x-unit",
+        "response_format.minimun (minimum?)",
+        "response_format.properties.a.format",
+    }
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("minimun (minimum?)" in line for line in said)
+    del schema["x-unit"], schema["minimun"], schema["properties"]
+    assert "X-Ignored-Fields" not in scripted.chat("echo 12", response_format=format)[2]
+
+
 def test_api_key(tmp_path):
     with serve_scripted(tmp_path, api_key="secret") as served:
         for headers, status in (

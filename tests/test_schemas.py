@@ -1,6 +1,6 @@
 """What schemas mean, seen from both sides: the texts that a grammar takes and the values that the check lets through.
 
-The JSON Schema Test Suite is looked for at JSON_SCHEMA_TEST_SUITE (a checkout, or the folder `json` of the jsonschema package's sdist).
+The JSON Schema Test Suite comes from JSON_SCHEMA_TEST_SUITE where that names a checkout of it, else with an sdist by pip.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ import collections
 import json
 import os
 import pathlib
+import random
+import subprocess
+import sys
+import tarfile
 from typing import Any
 
 import pytest
@@ -22,13 +26,27 @@ def taker(grammar: str) -> Any:
     """Whether a text is in a grammar, found out by this project's own automaton over the EBNF: no engine."""
     reader = Gbnf(c.ebnf_grammar(grammar), core=True)
     root = reader.read()
+    automaton = Automaton(rules=reader.grammar.rules)
 
     def takes(text: str) -> bool:
-        automaton = Automaton(10_000_000, reader.grammar.rules)
+        automaton.budget = 10_000_000
         state = automaton.start(root)
         for char in text:
             state = automaton.step(state, ord(char))
         return 0 in state
+
+    return takes
+
+
+def guided(grammar: str) -> Any:
+    """Whether llguidance takes a text."""
+    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tokens = llguidance.LLTokenizer("byte")
+
+    def takes(text: str) -> bool:
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
 
     return takes
 
@@ -79,6 +97,11 @@ MEANINGS: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "object", "allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, ['{"a":1}', "{}"], ['{"b":1}']),
     ({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]}, ["[[null],[]]", "null"], ["[1]"]),
     ({"type": "string", "maxlenght": 3, "x-foo": True, "format": "colour"}, ['"abcd"'], ["1"]),
+    ({"anyOf": [{"enum": [["a"], {"k": "v"}, {}]}, {"type": "array", "items": {"enum": ["b"]}}, {"type": "object", "required": ["z"]}]},
+     ['["a"]', '["b","b"]', "[]", '{"k":"v"}', "{}", '{"z":[]}'], ['["a","b"]', '{"k":1}']),
+    ({"type": "integer", "$schema": "http://json-schema.org/draft-04/schema#"}, ["1"], ["1.0", "1.5"]),
+    ({"properties": {"a": {"title": "A", "type": "null"}, "b": {"type": "null", "default": 1}, "c": {"properties": {"a": {"type": "null"}}}}, "type": "object"},
+     ['{"a":null,"b":null,"c":{"a":null,"b":1}}'], ['{"a":1}', '{"b":1}', '{"c":{"a":1}}']),
     ({"enum": [["a"], {"k": 1}, "x"], "type": ["array", "object"], "minItems": 1}, ['["a"]', '{"k":1}'], ['"x"']),
 ]  # fmt: skip
 
@@ -94,16 +117,104 @@ def test_meaning(schema: Any, good: list[str], bad: list[str]) -> None:
 
 @pytest.mark.parametrize("schema,good,bad", MEANINGS, ids=range(len(MEANINGS)))
 def test_meaning_in_the_engines_own_matchers(schema: Any, good: list[str], bad: list[str]) -> None:
-    llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed")
-    tokens, grammar = llguidance.LLTokenizer("byte"), c.lark_grammar(c.schema_grammar(schema))
-
-    def takes(text: str) -> bool:
-        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
-        assert not matcher.is_error(), matcher.get_error()
-        return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
-
+    takes = guided(c.lark_grammar(c.schema_grammar(schema)))
     assert [text for text in good if not takes(text)] == []
     assert [text for text in bad if takes(text)] == []
+
+
+ABC = {name: {"type": "integer"} for name in "abcdefg"}
+# (schema, texts that only llguidance takes beside those that all do, texts that it does not)
+BEYOND_EBNF: list[tuple[Any, list[str], list[str]]] = [
+    (
+        {"type": "object", "properties": ABC, "maxProperties": 3, "required": ["g"]},
+        ['{"g":1}', '{"g":1,"b":2,"a":3}', '{"x":0,"g":1,"y":2}'],
+        ['{"a":1}', '{"g":1,"b":2,"a":3,"c":4}', '{"g":1,"x":0,"y":0,"z":0}', '{"g":1,"g":1}'],
+    ),
+    (
+        {"type": "object", "properties": ABC, "minProperties": 2},
+        ['{"g":1,"a":2}', '{"x":1,"a":2}'],
+        ["{}", '{"a":1}', '{"x":1,"x":2}'],
+    ),
+    (
+        {"type": "object", "properties": ABC, "required": [*"gfedcba", *"zyxwv"]},
+        ["{" + ",".join(f'"{name}":1' for name in "zaybxcwdvefg") + "}"],
+        ["{" + ",".join(f'"{name}":1' for name in "zaybxcwdvef") + "}"],
+    ),
+    (
+        {"type": "array", "items": {"enum": [*"abcdefghijkl"]}, "uniqueItems": True, "minItems": 2, "maxItems": 3},
+        ['["l","a"]', '["c","b","a"]'],
+        ['["a"]', '["a","b","a"]', '["d","c","b","a"]'],
+    ),
+    (
+        {"type": "array", "items": {"enum": [*"abcdefgh"]}, "uniqueItems": True},
+        ["[]", '["h","a"]'],
+        ['["a","a"]', '["a","b","a"]'],
+    ),
+]
+SPREAD = {"type": "object", "properties": {str(i): {} for i in range(99)}, "required": ["98", "0"]}
+
+
+@pytest.mark.parametrize("schema,good,bad", BEYOND_EBNF, ids=range(len(BEYOND_EBNF)))
+def test_any_order(schema: Any, good: list[str], bad: list[str]) -> None:
+    """Of many members, in llguidance; what EBNF has of them is less, and never more."""
+    takes, less = guided(c.lark_grammar(c.schema_grammar(schema))), taker(c.schema_grammar(schema))
+    assert [text for text in good if not takes(text) or c.violation(schema, json.loads(text))] == []
+    assert [text for text in bad if takes(text) or less(text)] == []
+
+
+def any_object(rng: random.Random) -> tuple[Any, list[str]]:
+    """A schema with named properties, counts and others, and texts of its properties in any order."""
+    values = {f"k{i}": rng.choice(["null", "true"]) for i in range(rng.randint(0, 9))}
+    kinds = {"null": "null", "true": "boolean"}
+    schema: dict[str, Any] = {"type": "object", "properties": {name: {"type": kinds[value]} for name, value in values.items()}}
+    schema["required"] = rng.sample([*values, "z"], rng.randint(0, min(len(values), 6)))
+    more = {"additionalProperties": rng.choice([False, {"type": "null"}]), "patternProperties": {"^z": {"type": "boolean"}}}
+    more |= {"maxProperties": rng.randint(0, len(values) + 2), "minProperties": rng.randint(0, len(values) + 1)}
+    schema |= {word: value for word, value in more.items() if rng.random() < 0.5}
+    texts = []
+    for _ in range(12):
+        names = rng.sample([*values, "z", "y"], rng.randint(0, len(values) + 2))
+        names = list(dict.fromkeys(schema["required"] + names)) if rng.random() < 0.5 else names
+        pairs = (
+            f'"{name}":{rng.choice(["null", "true"]) if rng.random() < 0.1 else values.get(name, "null")}' for name in names
+        )
+        texts.append("{" + ",".join(pairs) + "}")
+    return schema, texts
+
+
+def test_any_object() -> None:
+    """What is in a grammar is valid, in both dialects; what is valid is in llguidance's."""
+    rng, refused = random.Random(7), 0
+    for _ in range(60):
+        schema, texts = any_object(rng)
+        try:
+            grammar = c.schema_grammar(schema)
+        except c.Unsupported:
+            refused += 1
+            continue
+        takes, less = guided(c.lark_grammar(grammar)), taker(grammar)
+        for text in texts:
+            valid = c.violation(schema, json.loads(text)) is None
+            assert takes(text) <= valid and less(text) <= valid, (schema, text)
+            assert takes(text) or not valid or "minProperties" in schema, (schema, text)  # names that nothing keeps apart
+    assert refused < 30
+
+
+def test_too_many_members_to_be_counted() -> None:
+    takes = guided(c.lark_grammar(c.schema_grammar(SPREAD)))
+    assert takes('{"98":1,"5":2,"0":3,"x":4}')
+    assert not takes('{"98":1,"5":2}')
+
+
+def test_whitespace() -> None:
+    """Between tokens, not in them; only llguidance knows how."""
+    grammar = c.spaced(c.writing_grammar({"type": "object", "properties": {"a": {"items": {"enum": [1, {"k": "b c"}]}}}}))
+    takes = guided(c.lark_grammar(grammar))
+    assert takes('{"a":[1,{"k":"b c"}]}') and takes('{\n  "a": [1, 1,\t{ "k": "b c" } ]\n}')
+    assert not takes('{"a":[1 1]}') and not takes('{"a ":[]}') and not takes('{"a":[{"k":"bc"}]}')
+    assert not guided(c.lark_grammar(grammar.removesuffix(c.spaced(""))))('{ "a":[1]}')
+    with pytest.raises(c.Unsupported, match="whitespace"):
+        c.ebnf_grammar(grammar)
 
 
 def test_strict_keeps_the_order_and_to_what_is_named() -> None:
@@ -136,16 +247,44 @@ def test_grammars_are_put_together() -> None:
     assert takes("<12>") and takes("<[[],[]]>") and not takes("<true>")
 
 
+SUITE = "jsonschema==4.26.0"  # its sdist carries the JSON Schema Test Suite in the folder json
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    if home := os.environ.get("JSON_SCHEMA_TEST_SUITE"):
+        return pathlib.Path(home)
+    folder = tmp_path_factory.mktemp("suite")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        "jsonschema",
+        SUITE,
+        "-d",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{SUITE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as tar:
+        tests = [member for member in tar if "/json/tests/" in member.name]
+        tar.extractall(folder, tests, filter="data")
+    return folder
+
+
 DRAFTS = {"draft4": 4, "draft6": 6, "draft7": 7, "draft2019-09": 2019, "draft2020-12": 2020}
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_the_json_schema_test_suite(draft: str) -> None:
+def test_the_json_schema_test_suite(draft: str, suite: pathlib.Path) -> None:
     """Each schema of the required tests is honoured or refused by name, and no verdict is wrong."""
-    home = os.environ.get("JSON_SCHEMA_TEST_SUITE", "")
-    files = sorted(pathlib.Path(home).glob(f"**/tests/{draft}/*.json")) if home else []
-    if not files:
-        pytest.skip("JSON_SCHEMA_TEST_SUITE names no folder with the JSON Schema Test Suite")
+    files = sorted(suite.glob(f"**/tests/{draft}/*.json"))
+    assert len(files) > 20
     counts: collections.Counter[str] = collections.Counter()
     wrong = []
     for file in files:
