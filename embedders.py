@@ -1,6 +1,6 @@
 """Models that embed texts or score pairs of them, and generate none: how each pools, one small class for each library.
 
-They stand on the bindings' own loading and tokenizing (backends.py) and have the same seam (engine.Backend), but for
+They stand on the same loading and tokenizing as the bindings (libraries.py) and have the same seam (engine.Backend), but for
 `start`: nothing here runs on from step to step. One embed() is one batch; which inputs share it is engine.Pool's business.
 """
 
@@ -12,9 +12,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from backends import HfModel, LlamaModel, OpenVinoModel, Transformers, installed, padded
+from backends import Transformers
 from chat_syntax import ChatTemplate
 from engine import Backend, EngineSpec, Refused, Sampling, Step, Tokens, log
+from libraries import HfModel, LlamaModel, OpenVinoModel, installed, padded
 from machine import physical_cores, torch_device, torch_dtype
 from model_files import GGUF_RANK, TASKS, labels, read_json, read_pooling
 
