@@ -183,8 +183,16 @@ BAD: list[tuple[str, Any]] = [
 
 
 def children(pid: int) -> list[int]:
-    found = " ".join(task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")).split()
-    return sorted(int(one) for one in found if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes())
+    found = " ".join(read(task) for task in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return sorted(int(one) for one in found if "spawn_main" in read(Path(f"/proc/{one}/cmdline")))
+
+
+def read(path: Path) -> str:
+    """Empty for a process or thread that has just ended."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def stat(pid: int) -> list[str]:
