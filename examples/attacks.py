@@ -83,12 +83,14 @@ class Siege:
         self.under_attack.set()
         attackers = subprocess.Popen([sys.executable, __file__, f"attack={name}", str(self.port)], stdout=subprocess.PIPE)
         most = before
-        while time.monotonic() < start + seconds:
-            time.sleep(0.5)
-            most = [max(pair) for pair in zip(most, self.memory(), strict=True)]
+        try:
+            while time.monotonic() < start + seconds:
+                time.sleep(0.5)
+                most = [max(pair) for pair in zip(most, self.memory(), strict=True)]
+        finally:
+            attackers.terminate()
         self.under_attack.clear()
         end = time.monotonic()
-        attackers.terminate()
         told = json.loads(attackers.communicate()[0] or "{}")
         time.sleep(20)
         after = self.memory()
