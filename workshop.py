@@ -93,7 +93,13 @@ class Workshop:
 
     def warm(self) -> None:
         """Be there before the first request."""
-        self.put(Order("", bytes, lambda _: self.looked.set(), lambda *_: self.looked.set(), setup=True))
+        looks = self.setup is not None  # else its process begins, and there is nothing yet to be looked at
+
+        def done(*_: object) -> None:
+            if looks:
+                self.looked.set()
+
+        self.put(Order("", bytes, done, done, setup=True))
 
     def drop(self, order: Order) -> None:
         """Its client has gone. Neither `done` nor `failed` matters any more."""
