@@ -172,7 +172,7 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": " " * 6_000_000}]}),
     ("/v1/chat/completions", {"messages": HELLO, "structured_outputs": {"choice": ["x" * 1_000_000]}}),
     ("/v1/chat/completions", {"messages": HELLO, "structured_outputs": {"choice": [str(i) for i in range(100_000)]}}),
-    ("/v1/chat/completions", {"messages": HELLO, "structured_outputs": {"regex": "(a|aa)*" * 100}}),
+    ("/v1/chat/completions", {"messages": HELLO, "structured_outputs": {"regex": "(a|aa)*" * 100 + r"\1"}}),
     ("/v1/chat/completions", {"messages": HELLO, "structured_outputs": {"json": DEEP}}),
     ("/v1/completions", {"prompt": ["x"] * 256, "n": 8}),
     ("/v1/completions", {"prompt": [" " * 40_000] * 300}),
