@@ -980,10 +980,10 @@ class EngineLoop:
 
 
 class PromptPace:
-    """While somebody is answered, prompts take no more of the steps' time than answers do: what one has cost is paid for before
-    the next begins, and long ones begin one after the other."""
+    """While somebody is answered, prompts take two thirds of the time that answers do, at most: what one has cost is paid for
+    before the next begins, and long ones begin one after the other."""
 
-    BURST_S, DEBT_S, AT_ONCE = 0.5, 10.0, 512
+    BURST_S, DEBT_S, AT_ONCE, PRICE = 0.5, 10.0, 512, 1.5
 
     def __init__(self) -> None:
         self.credit = self.BURST_S
@@ -1001,9 +1001,8 @@ class PromptPace:
         if not reading:
             self.decode_s += (seconds - self.decode_s) / (4 if self.decode_s else 1)
         given = min(seconds, self.decode_s)
-        self.credit = max(
-            -self.DEBT_S, min(self.BURST_S, self.credit + 2 * given - seconds if reading else self.credit + given)
-        )
+        cost = self.PRICE * (seconds - given) if reading else 0
+        self.credit = max(-self.DEBT_S, min(self.BURST_S, self.credit + given - cost))
         return given
 
 
