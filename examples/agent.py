@@ -56,13 +56,13 @@ TOOLS = [
 
 def ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
     body = json.dumps({"messages": messages, "tools": TOOLS, "max_tokens": 1000}).encode()
-    request = urllib.request.Request(f"{URL}/v1/chat/completions", body, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(f"{URL}/v1/chat/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as reply:
             message: dict[str, Any] = json.load(reply)["choices"][0]["message"]
     except urllib.error.HTTPError as error:  # say, the conversation has become too long
         sys.exit(json.load(error)["error"]["message"])
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{URL}: {error}")
     return message
 
