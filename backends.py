@@ -316,6 +316,7 @@ class OpenVino(OpenVinoModel):
         del self.pipe
 
 
+@functools.lru_cache(64)
 def ebnf(text: str) -> str:
     """A grammar in the dialect of OpenVINO and llama.cpp. Raises Refused where it would be too large in it."""
     try:

@@ -884,7 +884,7 @@ class EngineLoop:
                 own = replace(own, grammar=None)
             began = time.monotonic()
             started = self.guarded(request.job, "start", lambda: self.backend.start(list(request.ids), own))  # noqa: B023
-            self.pace.began(own.grammar, time.monotonic() - began)
+            self.pace.began(own.grammar, time.monotonic() - began, started is None)
             if started is None:
                 continue
             seq, cached = started
@@ -954,7 +954,7 @@ class EngineLoop:
         thinking.started_again()
         began = time.monotonic()
         started = self.guarded(request.job, "start", lambda: self.backend.start(list(ids), own))
-        self.pace.began(own.grammar, time.monotonic() - began)
+        self.pace.began(own.grammar, time.monotonic() - began, started is None)
         if started is not None:
             self.active[started[0]] = choice
 
@@ -983,15 +983,15 @@ class PromptPace:
     """While somebody is answered, prompts take two thirds of the time that answers do, at most: what one has cost is paid for
     before the next begins, and long ones begin one after the other."""
 
-    BURST_S, DEBT_S, AT_ONCE, PRICE = 0.5, 10.0, 512, 1.5
+    BURST_S, DEBT_S, AT_ONCE, SHORT, PRICE = 0.5, 10.0, 512, 64, 1.5
 
     def __init__(self) -> None:
         self.credit = self.BURST_S
         self.decode_s = 0.0  # what a step takes that reads no prompt
 
     def allows(self, lengths: Sequence[int]) -> bool:
-        """May a prompt begin, so that prompts of these lengths are being read?"""
-        return self.credit > 0 and sum(lengths) - max(lengths) <= self.AT_ONCE
+        """May a prompt begin, so that prompts of these lengths are being read, its own first? A short one always pays at once."""
+        return (self.credit > 0 or lengths[0] <= self.SHORT) and sum(lengths) - max(lengths) <= self.AT_ONCE
 
     def stepped(self, seconds: float, reading: bool, answering: bool) -> float:
         """A step has taken so long. Returns what of it went to answers; all of it where nobody waits for one."""
@@ -1000,7 +1000,7 @@ class PromptPace:
             return seconds
         if not reading:
             self.decode_s += (seconds - self.decode_s) / (4 if self.decode_s else 1)
-        given = min(seconds, self.decode_s)
+        given = min(seconds, self.decode_s or seconds / 2)  # no step without a prompt has been seen yet: a guess
         cost = self.PRICE * (seconds - given) if reading else 0
         self.credit = max(-self.DEBT_S, min(self.BURST_S, self.credit + given - cost))
         return given
@@ -1024,12 +1024,15 @@ class GrammarPace:
     def allows(self, grammar: str | None) -> bool:
         return grammar is None or hash(grammar) in self.known or self.credit > 0
 
-    def began(self, grammar: str | None, took: float) -> None:
-        """`took`: seconds of start()."""
+    def began(self, grammar: str | None, took: float, refused: bool) -> None:
+        """`took`: seconds of start(). One that the engine refused is no better known for it."""
         if grammar is None:
             return
+        self.credit -= took
+        if refused:
+            return
         if hash(grammar) not in self.known:
-            self.credit, self.fresh = self.credit - took - self.ahead, True
+            self.credit, self.fresh = self.credit - self.ahead, True
         self.known.pop(hash(grammar), None)
         self.known[hash(grammar)] = None
         if len(self.known) > self.KNOWN:

@@ -92,7 +92,11 @@ class Preparation:
     def prompt(self, prompt: Prompt, sampling: Sampling) -> Prompt:
         assert self.template
         self.tell("template")
-        chat = self.template.prepare(prompt, sampling)
+        try:
+            chat = self.template.prepare(prompt, sampling)
+        except Unsupported as error:
+            reason = f"'structured_outputs' cannot be honoured: {error}"
+            raise Refused(reason, "structured_outputs", "unsupported_constraint") from None
         text = chat.text
         if len(text) // CHARACTERS > self.context:
             raise too_long("the prompt", "is far longer than", self.context)

@@ -75,6 +75,8 @@ class Sampler:
         if not s.top_k and (s.top_p is None or s.top_p >= 1) and not s.min_p:
             return self.weights.draw(self.dice.random())
         kept = self.kept()
+        if not len(kept):  # min_p so near 1, or top_p so near 0, that rounding leaves none
+            return best
         sums = numpy.cumsum(all_[kept], dtype=numpy.float64)
         return int(kept[falls_on(sums, self.dice.random() * sums[-1])])
 

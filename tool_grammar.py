@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from constraints import Unsupported, regex_grammar, schema_grammar, writing_grammar
+from constraints import Unsupported, regex_grammar, schema_grammar, spaced, writing_grammar
 from tool_syntax import CHANNEL_FRAMES, Syntax
 from tool_values import kinds_of
 
@@ -36,6 +36,8 @@ class Rules:
 
     def include(self, grammar: str) -> str:
         """The rules of another grammar, under names of their own: the name of its root."""
+        if grammar.endswith(spaced("")):  # it would hold for the text around, too
+            raise Unsupported("whitespace 'any' beside tools, or where the model reasons first")
         lines = dict(line.split(" ::= ", 1) for line in grammar.strip().splitlines() if line.strip())
         at = len(self.bodies)
         self.tokens |= {at + i for i, name in enumerate(lines) if name[0] == "t"}

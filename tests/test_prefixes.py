@@ -34,10 +34,12 @@ def test_the_oldest_is_forgotten_first():
 
 
 def test_the_latest_of_those_that_match_as_well():
-    prefixes = Prefixes()
-    prefixes.remember("a", ids(1, 2, 3), ids())
-    prefixes.remember("a", ids(1, 2, 4), ids(9))
-    prefixes.remember("a", ids(1), ids())
-    told = prefixes.explain("a", ids(1, 2, 5), 1, lambda tokens: " ".join(map(str, tokens)))
-    difference = {"token": 2, "prompt": "1 2 5", "cached": "1 2 4 9"}
-    assert told == {"cached_tokens": 1, "best_match_tokens": 2, "first_difference": difference}
+    """What was sent before is shown to whom it belongs: an address of elsewhere may be many people's."""
+    for client, cached in (("key a", "1 2 4 9"), ("127.0.0.1", "1 2 4 9"), ("10.0.0.7", None)):
+        prefixes = Prefixes()
+        prefixes.remember(client, ids(1, 2, 3), ids())
+        prefixes.remember(client, ids(1, 2, 4), ids(9))
+        prefixes.remember(client, ids(1), ids())
+        told = prefixes.explain(client, ids(1, 2, 5), 1, lambda tokens: " ".join(map(str, tokens)))
+        difference = {"token": 2, "prompt": "1 2 5", "cached": cached}
+        assert told == {"cached_tokens": 1, "best_match_tokens": 2, "first_difference": difference}

@@ -124,3 +124,9 @@ def test_what_weighs_nothing_is_never_drawn():
     for roll in (0.0, 0.25, 0.5, 0.75, 1 - 2**-53):
         sampler.dice = SimpleNamespace(random=lambda roll=roll: roll)
         assert sampler.choose(logits) in (BLOCK - 1, VOCABULARY - 1)
+
+
+@pytest.mark.parametrize("fields", [{"min_p": 0.99999999}, {"top_k": 1, "top_p": 1e-17}], ids=str)
+def test_rounding_leaves_the_best(fields):
+    sampler = Sampler(Weights(numpy, VOCABULARY), [0], [1], Sampling(temperature=1.0, seed=1, **fields))
+    assert sampler.choose(LOGITS) == LOGITS.argmax()
