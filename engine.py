@@ -1024,7 +1024,7 @@ class GrammarPace:
     def allows(self, grammar: str | None) -> bool:
         return grammar is None or hash(grammar) in self.known or self.credit > 0
 
-    def began(self, grammar: str | None, took: float, refused: bool) -> None:
+    def began(self, grammar: str | None, took: float, refused: bool = False) -> None:
         """`took`: seconds of start(). One that the engine refused is no better known for it."""
         if grammar is None:
             return

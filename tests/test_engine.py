@@ -259,6 +259,8 @@ def test_new_grammars_begin_as_fast_as_an_engine_takes_them():
     assert pace.allows("new")
     pace.stepped(9.0)  # of an engine that compiles in start() a slow step says nothing about grammars
     assert pace.allows("new")
+    pace.began("refused", 0.4, refused=True)  # it took its time, and the next one like it will too
+    assert not pace.allows("refused")
 
 
 def test_an_engine_that_compiles_in_a_step_takes_few_new_grammars_into_it():
