@@ -1,8 +1,8 @@
 """Bindings: one class for each native library.
 
 Each is thin: load, tokenize, start, step, cancel. What every engine has in common stands in engine.py, what is read from a
-model's own files in model_files.py. A library is imported inside its binding and nowhere else, so in the engine process
-alone; the server process only looks whether it is there.
+model's own files in model_files.py, what embedding shares with them in libraries.py. A library is imported inside these classes
+and nowhere else, so in the engine process alone; the server process only looks whether it is there.
 """
 
 from __future__ import annotations
@@ -763,18 +763,6 @@ def shared(a: list[int], b: list[int], limit: int) -> int:
     return next(i for i in range(end) if a[i] != b[i])
 
 
-# ──────────────────────────────────────────────── what both below refuse ─────────────────────────────────────────
-
-
-def no_token_left() -> Refused:
-    return Refused("'logit_bias' bans every token that may come next.", "logit_bias")
-
-
-def grammar_failed(matcher: Any) -> Refused:
-    """Of llguidance's matcher: the grammar is bad, or takes more than its limits allow."""
-    return Refused(f"The grammar cannot be followed: {one_line(ValueError(matcher.get_error()))}", "structured_outputs")
-
-
 # ─────────────────────────────────────────────────── transformers ────────────────────────────────────────────────
 
 
@@ -1276,6 +1264,15 @@ def exactly(spec: EngineSpec, device: str) -> EngineSpec:
     if device.lower() != "cpu":
         raise RuntimeError(f"--deterministic is honoured on the CPU alone: add --device {'CPU' if device.isupper() else 'cpu'}")
     return replace(spec, dtype="float32")
+
+
+def no_token_left() -> Refused:
+    return Refused("'logit_bias' bans every token that may come next.", "logit_bias")
+
+
+def grammar_failed(matcher: Any) -> Refused:
+    """Of llguidance's matcher: the grammar is bad, or takes more than its limits allow."""
+    return Refused(f"The grammar cannot be followed: {one_line(ValueError(matcher.get_error()))}", "structured_outputs")
 
 
 def no_embeddings() -> Refused:

@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
+from pace import GrammarPace, PromptPace
 from prefixes import Prefixes
 from tool_parser import Chat, Parser
 from tool_values import Part
@@ -851,13 +852,16 @@ class EngineLoop:
     def next_waiting(self) -> Choice | None:
         """The first of the client that has the fewest slots, and of those the one that got its last one longest ago."""
         running = Counter(choice.request.client for choice in self.active.values())
-        able = [client for client, line in self.waiting.lines.items() if self.pace.allows(line[0].request.sampling.grammar)]
+        unread, answering = self.unread(), self.answering()
+
+        def may_begin(request: Request) -> bool:
+            fits = not answering or self.prompts.allows([len(request.ids), *unread])
+            return fits and self.pace.allows(request.sampling.grammar)
+
+        able = [client for client, line in self.waiting.lines.items() if may_begin(line[0].request)]
         if not able and self.active:
             return None
         client = min(able or self.waiting.lines, key=lambda client: (running[client], self.turns.get(client, 0)))
-        length = len(self.waiting.lines[client][0].request.ids)
-        if self.answering() and not self.prompts.allows([length, *self.unread()]):
-            return None
         choice = self.waiting.take(client)
         if len(self.turns) > 10_000:
             self.turns.clear()
@@ -977,70 +981,6 @@ class EngineLoop:
         for seq in [seq for seq, c in self.active.items() if c.request.job == job]:
             del self.active[seq]
             self.backend.cancel(seq)
-
-
-class PromptPace:
-    """While somebody is answered, prompts take two thirds of the time that answers do, at most: what one has cost is paid for
-    before the next begins, and long ones begin one after the other."""
-
-    BURST_S, DEBT_S, AT_ONCE, SHORT, PRICE = 0.5, 10.0, 512, 64, 1.5
-
-    def __init__(self) -> None:
-        self.credit = self.BURST_S
-        self.decode_s = 0.0  # what a step takes that reads no prompt
-
-    def allows(self, lengths: Sequence[int]) -> bool:
-        """May a prompt begin, so that prompts of these lengths are being read, its own first? A short one always pays at once."""
-        return (self.credit > 0 or lengths[0] <= self.SHORT) and sum(lengths) - max(lengths) <= self.AT_ONCE
-
-    def stepped(self, seconds: float, reading: bool, answering: bool) -> float:
-        """A step has taken so long. Returns what of it went to answers; all of it where nobody waits for one."""
-        if not answering:
-            self.credit = self.BURST_S
-            return seconds
-        if not reading:
-            self.decode_s += (seconds - self.decode_s) / (4 if self.decode_s else 1)
-        given = min(seconds, self.decode_s or seconds / 2)  # no step without a prompt has been seen yet: a guess
-        cost = self.PRICE * (seconds - given) if reading else 0
-        self.credit = max(-self.DEBT_S, min(self.BURST_S, self.credit + given - cost))
-        return given
-
-
-class GrammarPace:
-    """A grammar that an engine does not know yet takes it a while, in which nobody gets a token: as long then goes to steps.
-
-    What start() took is measured. An engine that compiles in the first step (`GRAMMAR_S`, what that takes as a rule) pays ahead,
-    and where such a step was slow, afterwards.
-    """
-
-    SHARE_S, SLOW_S, KNOWN = 0.05, 0.25, 256
-
-    def __init__(self, ahead: float):
-        self.ahead = ahead
-        self.known: dict[int, None] = {}  # hashes, the latest last
-        self.credit = self.SHARE_S  # seconds that new ones may take before the next step: as many as steps have taken
-        self.fresh = False  # a new one has begun since the last step
-
-    def allows(self, grammar: str | None) -> bool:
-        return grammar is None or hash(grammar) in self.known or self.credit > 0
-
-    def began(self, grammar: str | None, took: float, refused: bool = False) -> None:
-        """`took`: seconds of start(). One that the engine refused is no better known for it."""
-        if grammar is None:
-            return
-        self.credit -= took
-        if refused:
-            return
-        if hash(grammar) not in self.known:
-            self.credit, self.fresh = self.credit - self.ahead, True
-        self.known.pop(hash(grammar), None)
-        self.known[hash(grammar)] = None
-        if len(self.known) > self.KNOWN:
-            del self.known[next(iter(self.known))]
-
-    def stepped(self, took: float) -> None:
-        slow, self.fresh = self.ahead and self.fresh and took > self.SLOW_S, False
-        self.credit = self.SHARE_S - took if slow else min(self.SHARE_S, self.credit + took)
 
 
 @dataclass(slots=True, eq=False)

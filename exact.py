@@ -22,9 +22,7 @@ from machine import default_cache_tokens
 
 class ExactLlamaCpp(LlamaCpp):
     FUSED = False
-    BATCH = BATCH_TOGETHER = BATCH_BUSY = pool_tokens = (
-        128  # without the fused kernel the memory of a step grows with batch times context
-    )
+    BATCH = BATCH_TOGETHER = BATCH_BUSY = pool_tokens = 128  # without the fused kernel a step's memory is batch times context
     PIECE = LlamaCpp.BATCH_SCORED  # tokens
     TRIED = 8  # tokens before the rows that are tried out
 

@@ -358,7 +358,6 @@ class Handler(Connection):
                 self.server.note_request(self.path, self.body, self.request_id, completion, answer.debug())
             finally:
                 self.server.peers.discard(self)
-                job.cancel()
                 self.log_note = answer.describe()
                 ended(**answer.seconds())
 

@@ -1,10 +1,15 @@
-"""How much of a prompt an engine reads in a step in which others wait for their next token: so much as fits into a time."""
+"""What newcomers may cost those who wait for their next token: how much of a prompt a step reads, when a prompt begins, and when a grammar.
+
+Each learns what things take from what they took. Nothing here knows an engine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class Pace:
-    """Learns what steps take. Seconds; tokens."""
+    """How much of a prompt is read in a step in which others decode: so much as fits into a time. Seconds; tokens."""
 
     STEP_S = 0.15  # what such a step may take, or two steps that only decode, if that is more
     SLOWLY = 0.2  # how much of a new value counts
@@ -26,3 +31,67 @@ class Pace:
         spare = (self.target_s or max(2 * self.decode_s, self.STEP_S)) - self.decode_s
         fits = int(spare / self.token_s) if self.token_s else self.most
         return min(max(fits, self.least), self.most)
+
+
+class PromptPace:
+    """While somebody is answered, prompts take two thirds of the time that answers do, at most: what one has cost is paid for
+    before the next begins, and long ones begin one after the other."""
+
+    BURST_S, DEBT_S, AT_ONCE, SHORT, PRICE = 0.5, 10.0, 512, 64, 1.5
+
+    def __init__(self) -> None:
+        self.credit = self.BURST_S
+        self.decode_s = 0.0  # what a step takes that reads no prompt
+
+    def allows(self, lengths: Sequence[int]) -> bool:
+        """May a prompt begin, so that prompts of these lengths are being read, its own first? A short one waits for no one's debt."""
+        return (self.credit > 0 or lengths[0] <= self.SHORT) and sum(lengths) - max(lengths) <= self.AT_ONCE
+
+    def stepped(self, seconds: float, reading: bool, answering: bool) -> float:
+        """A step has taken so long. Returns what of it went to answers; all of it where nobody waits for one."""
+        if not answering:
+            self.credit = self.BURST_S
+            return seconds
+        if not reading:
+            self.decode_s += (seconds - self.decode_s) / (4 if self.decode_s else 1)
+        given = min(seconds, self.decode_s or seconds / 2)  # no step without a prompt has been seen yet: a guess
+        cost = self.PRICE * (seconds - given) if reading else 0
+        self.credit = max(-self.DEBT_S, min(self.BURST_S, self.credit + given - cost))
+        return given
+
+
+class GrammarPace:
+    """A grammar that an engine does not know yet takes it a while, in which nobody gets a token: as long then goes to steps.
+
+    What start() took is measured. An engine that compiles in the first step (`GRAMMAR_S`, what that takes as a rule) pays ahead,
+    and where such a step was slow, afterwards.
+    """
+
+    SHARE_S, SLOW_S, KNOWN = 0.05, 0.25, 256
+
+    def __init__(self, ahead: float):
+        self.ahead = ahead
+        self.known: dict[int, None] = {}  # hashes, the latest last
+        self.credit = self.SHARE_S  # seconds that new ones may take before the next step: as many as steps have taken
+        self.fresh = False  # a new one has begun since the last step
+
+    def allows(self, grammar: str | None) -> bool:
+        return grammar is None or hash(grammar) in self.known or self.credit > 0
+
+    def began(self, grammar: str | None, took: float, refused: bool = False) -> None:
+        """`took`: seconds of start(). One that the engine refused is no better known for it."""
+        if grammar is None:
+            return
+        self.credit -= took
+        if refused:
+            return
+        if hash(grammar) not in self.known:
+            self.credit, self.fresh = self.credit - self.ahead, True
+        self.known.pop(hash(grammar), None)
+        self.known[hash(grammar)] = None
+        if len(self.known) > self.KNOWN:
+            del self.known[next(iter(self.known))]
+
+    def stepped(self, took: float) -> None:
+        slow, self.fresh = self.ahead and self.fresh and took > self.SLOW_S, False
+        self.credit = self.SHARE_S - took if slow else min(self.SHARE_S, self.credit + took)

@@ -43,6 +43,8 @@ class Soak:
                 self.port = int(found[1])
             if "-d '" in line:
                 break
+        else:
+            raise SystemExit("the server did not start")
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
         self.seen: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []

@@ -96,6 +96,17 @@ def threads_alive():
     return len(os.listdir(tasks)) if os.path.isdir(tasks) else threading.active_count()
 
 
+def download_sdist(requirement, folder):
+    """Its archive, by pip; a reason where it cannot be had."""
+    name = requirement.partition("==")[0]  # what builds it may come as wheels
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", name, requirement, "-d", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return f"{requirement} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}"
+    (archive,) = Path(folder).glob("*.tar.gz")
+    return archive
+
+
 def until(condition, timeout=60):
     end = time.monotonic() + timeout
     while not condition():

@@ -4,12 +4,11 @@ The templates are llama.cpp's collection, out of the source package of llama-cpp
 """
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from conftest import download_sdist
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -65,23 +64,9 @@ def collection():
     """{name: source}; a reason where they cannot be had."""
     folder = Path(demo_model().path).parent / SOURCE.replace("==", "-")
     if not folder.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-binary",
-            "llama-cpp-python",
-            SOURCE,
-            "-d",
-            folder,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"{SOURCE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}"
-        (archive,) = folder.glob("*.tar.gz")
+        archive = download_sdist(SOURCE, folder)
+        if isinstance(archive, str):
+            return archive
         with tarfile.open(archive) as tar:
             for member in tar:
                 if "/models/templates/" in member.name and member.name.endswith(".jinja"):

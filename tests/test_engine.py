@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import cancelled_at, until
 
-from engine import Delta, EngineFailed, EngineSpec, GrammarPace, Prompt, QueueFull, Refused, Sampling, Started
+from engine import Delta, EngineFailed, EngineSpec, Prompt, QueueFull, Refused, Sampling, Started
 from engine_handle import Engine
+from pace import GrammarPace
 
 
 def prompt(text):

@@ -10,12 +10,11 @@ import json
 import os
 import pathlib
 import random
-import subprocess
-import sys
 import tarfile
 from typing import Any
 
 import pytest
+from conftest import download_sdist
 
 import constraints as c
 from grammar import Gbnf
@@ -255,23 +254,10 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     if home := os.environ.get("JSON_SCHEMA_TEST_SUITE"):
         return pathlib.Path(home)
     folder = tmp_path_factory.mktemp("suite")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary",
-        "jsonschema",
-        SUITE,
-        "-d",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"{SUITE} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}")
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as tar:
+    archive = download_sdist(SUITE, folder)
+    if isinstance(archive, str):
+        pytest.skip(archive)
+    with tarfile.open(archive) as tar:
         tests = [member for member in tar if "/json/tests/" in member.name]
         tar.extractall(folder, tests, filter="data")
     return folder

@@ -42,6 +42,7 @@ from engine import (
     unpack_event,
 )
 from engine_handle import Engine, Outbox, Timeouts
+from pace import GrammarPace
 from turns import Turns
 from workshop import Closed, Order, Workshop
 
@@ -400,13 +401,14 @@ def test_long_prompts_leave_half_of_the_steps_time_to_answers(tmp_path, monkeypa
         loop.timed_step()
     loop.submit(2, [Prompt(text="forever " + "x" * 900) for _ in range(14)], Sampling(max_tokens=1), "a")
     loop.submit(3, [Prompt(text="forever") for _ in range(3)], Sampling(), "b")
-    began, steps, most = clock.now, clock.log.count("step"), 0
+    began, steps, most, long = clock.now, clock.log.count("step"), 0, 0
     while clock.now < began + 60:
         loop.admit()
-        most = max(most, sum(not choice.taken for choice in loop.active.values()))
+        most = max(most, len(loop.unread()))
+        long = max(long, sum(length > 900 for length in loop.unread()))
         loop.timed_step()
     assert clock.log.count("step") - steps > 0.4 * 600  # of those that it would have had alone
-    assert most == 3  # a long one, and short ones beside it
+    assert (long, most) == (1, 4)  # one after the other, and another client's three short ones beside the first
     assert len(loop.waiting) <= 14 - 2  # and prompts do go on
     loop.cancel(1)
     loop.cancel(3)
@@ -418,7 +420,7 @@ def test_long_prompts_leave_half_of_the_steps_time_to_answers(tmp_path, monkeypa
 def test_grammars_that_are_new_come_one_by_one(tmp_path, monkeypatch):
     loop = loop_over(tmp_path, slots=6)
     clock = Clock(monkeypatch, loop.backend, read=0.0)
-    loop.pace = engine_module.GrammarPace(0.5)  # what one takes, in an engine that compiles in its first step
+    loop.pace = GrammarPace(0.5)  # what one takes, in an engine that compiles in its first step
     loop.submit(0, [prompt("forever")], Sampling(), "victim")
     for i in range(3):
         loop.submit(1 + i, [prompt("forever")], Sampling(grammar=f'root ::= "{i}"'), "a")
