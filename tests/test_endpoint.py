@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import cancelled_at, from_client, serve_scripted, sse, threads_alive, until
+from conftest import cancelled_at, serve_scripted, sse, threads_alive, until
 
 from metrics import Metrics
 
@@ -606,8 +606,8 @@ def test_a_fault_before_the_answer_begins_frees_the_slot(tmp_path, monkeypatch, 
 
 
 def test_return_prompt_tells_why_it_was_not_in_the_cache(scripted):
-    def cache(text, client=1, **fields):
-        headers = from_client(client)
+    def cache(text, client="127.0.0.9", **fields):
+        headers = {"X-Forwarded-For": client}
         return scripted.chat(text, return_prompt=True, headers=headers, **fields)[1]["debug"]["prompts"][0]["cache"]
 
     assert cache("echo It is 12:00 now") == {"cached_tokens": 6, "best_match_tokens": 0, "first_difference": None}
@@ -615,8 +615,10 @@ def test_return_prompt_tells_why_it_was_not_in_the_cache(scripted):
     assert cache("echo It is 12:34 now") == {"cached_tokens": 6, "best_match_tokens": 14, "first_difference": difference}
     assert cache("echo It is 12:00 nowIt is") == {"cached_tokens": 4, "best_match_tokens": 25, "first_difference": None}
     assert cache("echo It", n=2)["best_match_tokens"] == 7
-    theirs = cache("echo It is 12:00 now", client=2)  # nobody is told what others have asked
+    theirs = cache("echo It is 12:00 now", client="10.0.0.2")  # nobody is told what others have asked
     assert theirs == {"cached_tokens": 6, "best_match_tokens": 0, "first_difference": None}
+    difference = cache("echo It is 12:34 now", client="10.0.0.2")["first_difference"]  # an address from afar may be a whole office's
+    assert difference == {"token": 14, "prompt": "t is 12:34 now", "cached": None}
     prompts = scripted.request("POST", "/v1/completions", {"prompt": ["echo ab", "echo ac"], "return_prompt": True})[1]
     assert [one["cache"]["best_match_tokens"] for one in prompts["debug"]["prompts"]] == [0, 6]
     assert scripted.stream("echo Is", return_prompt=True)[-1]["debug"]["prompts"][0]["cache"]["best_match_tokens"] == 5
