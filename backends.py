@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import glob
 import importlib
@@ -19,16 +18,16 @@ import itertools
 import logging
 import math
 import os
-import shutil
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
+import guidance
 import memory
+from blocks import Blocks
 from chat_syntax import ChatTemplate
 from engine import (
     UPSTREAMS,
@@ -43,7 +42,8 @@ from engine import (
     log,
     one_line,
 )
-from grammar import ebnf_grammar, lark_grammar
+from grammar import lark_grammar as lark_grammar  # a binding's dialect: taken from here by those who try grammars out
+from guidance import Guidance, Guides, Words
 from libraries import HfModel, LlamaModel, OpenVinoModel, installed, padded
 from machine import (
     LONG,
@@ -53,6 +53,7 @@ from machine import (
     physical_cores,
     torch_device,
     torch_dtype,
+    with_a_cache,
 )
 from model_files import (
     cache_folder,
@@ -64,394 +65,294 @@ from model_files import (
     text_config,
 )
 from pace import Pace
-from prefixes import Prefixes
-from regular import Unsupported
-from sampler import Sampler, Weights
+from slots import Piece, Slot, Slots, no_token_left
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
 
 
-@dataclass(slots=True)
-class Arriving:
-    """A prompt that OpenVino lets be read in pieces before it is asked for: each a request for its beginning, found in the cache by the next."""
+class OpenVino(Slots, OpenVinoModel):
+    """OpenVINO's paged attention: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU or Intel's GPUs.
 
-    ids: list[int]
-    config: Any
-    read: int = 0  # tokens, whole KV blocks
-    handle: Any = None  # of the piece that is being read
-
-
-class OpenVino(OpenVinoModel):
-    """openvino-genai's ContinuousBatchingPipeline: an IR folder, or a GGUF file of a Llama or Qwen model, on CPU or Intel's GPUs.
-
-    It knows prefix reuse, but not how much of a prompt was reused: cached tokens are None.
+    openvino-genai brings the tokenizer and reads GGUF. Its pipeline would draw tokens by itself, and follow grammars with xgrammar, which
+    compiles them while everyone waits and keeps them all: so its model is computed here, with the logits in sight.
     """
 
-    LACKS: ClassVar = frozenset({"logit_bias", "top_logprobs", "scores"})
-    SPECULATES: ClassVar = frozenset({"ngram"})  # with a draft model 2026.4.1 fails under load: content_length <= prompt_ids…
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("openvino_genai", "llguidance")
+    INSTALL: ClassVar = "openvino-genai==2026.4.1.0 llguidance==1.9.1"
+    LACKS: ClassVar = frozenset[str]()
+    SPECULATES: ClassVar = frozenset({"ngram"})
     SPECIAL_IN_GRAMMAR: ClassVar = False
-    BLOCK, BLOCK_GPU = 32, 16  # tokens per KV block
-    BESIDE, BESIDE_TOKENS = 0, 1024  # sequences that nobody has asked for, and how long they are
-    BATCH = 256  # tokens per step, so that the others keep decoding; the library fixes it when the pipeline is made
-    GRAMMAR_S = 0.02  # a new grammar is compiled in the step that brings its first token
-    GRAMMARS = 128  # that a pipeline compiles: it keeps them all, as a rule 1 MB each, so after so many it is made anew
+    BATCH = BATCH_TOGETHER = 256
+    BESIDE = 0  # blocks for what nobody has asked for
+    unified = True
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec)
         if spec.deterministic:
             spec = exactly(spec, self.device)
-        if os.path.isfile(spec.path):
-            meta = read_gguf(spec.path)
-            context, kv_bytes = gguf_shape(meta)
-            self.defaults = own_sampling(meta)
-        else:
-            context = read_json(spec.path, "config.json").get("max_position_embeddings") or 0
-            kv_bytes = 0
-            if not context:
-                context = 4096
-                log.warning(
-                    "%s has no config.json with max_position_embeddings: taking its context for %d tokens", spec.path, context
-                )
-            self.defaults = own_sampling(read_json(spec.path, "generation_config.json"))
-        self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, context, kv_bytes)
-        scheduler = self.genai.SchedulerConfig()
-        scheduler.max_num_batched_tokens = self.BATCH
-        scheduler.max_num_seqs = spec.slots + self.BESIDE
-        block = self.BLOCK if self.device == "CPU" else self.BLOCK_GPU
-        scheduler.num_kv_blocks = -(-self.cache_tokens // block) + self.BESIDE * self.BESIDE_TOKENS // block
-        scheduler.enable_prefix_caching = True
         progress(0.0)
-        self.make_pipe = functools.partial(self.load, spec, scheduler)
-        self.pipe = self.make_pipe()
-        self.grammars: set[int] = set()  # hashes of those that it has compiled
-        self.context = min(context, self.cache_tokens)
-        self.read_tokenizer(self.pipe.get_tokenizer(), context)
+        self.device = with_a_cache(self.device, self.openvino.Core().available_devices)
+        trained = self.read_own(spec.path)
+        with self.as_ir(spec) as folder, ThreadPoolExecutor(1) as beside:  # what is text is read while the model is compiled
+            words = beside.submit(self.read_words, folder, spec, trained)
+            self.compiled = self.compile(os.path.join(folder, "openvino_model.xml"), self.properties(spec))
+            tokens = words.result()
+        self.vocabulary = min(self.vocabulary, self.compiled.output(0).partial_shape[-1].get_length())
+        self.eos = frozenset(token for token in self.eos if token < self.vocabulary)
+        self.guides = Guides(self.numpy, tokens, self.vocabulary, self.eos)
+        self.request = self.compiled.create_infer_request()
+        self.inputs: dict[str, Any] = {}  # views of its tensors
+        self.make_cache(spec, trained)
+        self.context = min(trained, self.cache_tokens)
+        self.make_slots(spec)
+        self.start([0], Sampling(max_tokens=1))  # the first step makes the kernels
+        self.step()
+        self.cancel(0)
+        self.pace = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH_BUSY)  # such a step is no measure
+
+    def read_own(self, path: str) -> int:
+        """What the model says of itself. Returns the tokens that it was trained for."""
+        if os.path.isfile(path):
+            meta = read_gguf(path)
+            self.defaults = own_sampling(meta)
+            return gguf_shape(meta)[0]
+        self.defaults = own_sampling(read_json(path, "generation_config.json"))
+        trained: int = read_json(path, "config.json").get("max_position_embeddings") or 0
+        if not trained:
+            log.warning("%s has no config.json with max_position_embeddings: taking its context for 4096 tokens", path)
+        return trained or 4096
+
+    def read_words(self, folder: str, spec: EngineSpec, trained: int) -> Any:
+        """Tokens, text and template. Returns llguidance's view of the vocabulary."""
+        llguidance: Any = importlib.import_module("llguidance")
+        tokenizer = self.genai.Tokenizer(folder)
+        own = os.path.join(folder, "generation_config.json")
+        ends = self.genai.GenerationConfig(own).stop_token_ids if os.path.exists(own) else set()
+        self.eos = frozenset(token for token in {*ends, tokenizer.get_eos_token_id()} if token >= 0)
         self.template = ChatTemplate(
-            spec.chat_template or self.tokenizer.get_original_chat_template() or self.tokenizer.chat_template,
-            self.tokenizer.get_bos_token(),
-            self.tokenizer.get_eos_token(),
+            spec.chat_template or tokenizer.get_original_chat_template() or tokenizer.chat_template,
+            tokenizer.get_bos_token(),
+            tokenizer.get_eos_token(),
         )
-        config = self.pipe.get_config()
-        self.eos_id = self.tokenizer.get_eos_token_id()
-        self.eos = frozenset(config.stop_token_ids) | {self.eos_id}
-        self.pace = Pace(spec.step_target, self.BLOCK, max(self.BATCH - scheduler.max_num_seqs, self.BLOCK))
-        self.handles: dict[int, Any] = {}
-        self.arriving: dict[int, Arriving] = {}
-        self.prefixes = Prefixes()  # what the cache may hold, since the library does not tell
-        self.unread: set[int] = set()  # sequences that have got no token yet
-        self.scored: set[int] = set()  # sequences whose logprobs are wanted
-        self.numbers = itertools.count()
-        self.take_cache()
+        self.read_tokenizer(tokenizer, trained)
+        words = Words(self.literals, self.pieces, min(self.eos, default=0), lambda text: self.tokenize(text, False))
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=[*self.eos] or None)
 
-    def take_cache(self) -> None:
-        """The library allocates the KV cache at its first step."""
-        with memory.taken_at_once():
-            seq, _ = self.start([self.eos_id], Sampling(max_tokens=1, ignore_eos=True))
-            while not self.step():
-                pass
-        self.cancel(seq)
-
-    def load(self, spec: EngineSpec, scheduler: Any) -> Any:
-        """To convert a GGUF file takes longer than all the rest of a start: its IR is kept in the cache folder."""
-
-        def pipeline(path: str, **more: Any) -> Any:
-            return self.genai.ContinuousBatchingPipeline(path, scheduler, self.device, self.properties(spec) | more, {})
-
-        if os.path.isdir(spec.path) or "no_model_cache" in dict(spec.flags):
-            return pipeline(spec.path)
+    @contextlib.contextmanager
+    def as_ir(self, spec: EngineSpec) -> Iterator[str]:
+        """The model's folder. To convert a GGUF file takes longer than all the rest of a start: it is kept in the cache folder."""
+        if os.path.isdir(spec.path):
+            yield spec.path
+            return
+        keeps = "no_model_cache" not in dict(spec.flags)
         kept = cache_folder() / "openvino" / f"{file_mark(spec.path)}-{self.library.replace(' ', '-')}"
-        if kept.is_dir():
-            return pipeline(str(kept))
-        try:
+        if keeps and kept.is_dir():
+            yield str(kept)
+            return
+        place = None
+        with contextlib.suppress(OSError):  # not our folder: where temporary files are
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as made:
-                gguf = os.path.join(made, "model.gguf")
-                os.symlink(os.path.abspath(spec.path), gguf)  # the library writes beside what it reads
-                self.genai.Tokenizer(gguf, enable_save_ov_model=True)
-                pipe = pipeline(gguf, enable_save_ov_model=True)
-                os.unlink(gguf)
-                with contextlib.suppress(FileExistsError):  # another server was first
-                    shutil.copytree(made, f"{made}.whole")
-                    os.rename(f"{made}.whole", kept)  # whole or not at all
-            log.info("kept the converted model in %s (--no-model-cache: convert at each start)", kept)
-            return pipe
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # no room, no links, not our folder: or it cannot be loaded, which is told again
-            log.warning("the converted model is not kept (%s)", one_line(error))
-            return pipeline(spec.path)
+            place = kept.parent if os.access(kept.parent, os.W_OK) else None
+        with tempfile.TemporaryDirectory(dir=place) as made:
+            folder = self.convert(spec.path, os.path.join(made, "whole"))
+            if keeps:
+                folder = self.keep_ir(folder, str(kept))
+            yield folder
+
+    def convert(self, gguf: str, folder: str) -> str:
+        """The library writes beside what it reads."""
+        os.mkdir(folder)
+        link = os.path.join(folder, "model.gguf")
+        os.symlink(os.path.abspath(gguf), link)
+        self.genai.Tokenizer(link, enable_save_ov_model=True)
+        scheduler = self.genai.SchedulerConfig()
+        scheduler.num_kv_blocks = 1
+        self.genai.ContinuousBatchingPipeline(link, scheduler, "CPU", {"enable_save_ov_model": True}, {})
+        memory.give_back()
+        os.unlink(link)
+        return folder
+
+    def keep_ir(self, folder: str, kept: str) -> str:
+        """Whole or not at all. Returns where it is now."""
+        try:
+            os.rename(folder, kept)
+        except OSError as error:
+            if not os.path.isdir(kept):  # else another server was first
+                log.warning("the converted model is not kept (%s)", one_line(error))
+            return folder
+        log.info("kept the converted model in %s (--no-model-cache: convert at each start)", kept)
+        return kept
 
     def properties(self, spec: EngineSpec) -> dict[str, Any]:
         found = super().properties(spec)
         if spec.dtype == "float32":  # only all three keep what else is in the batch out of a token, but for 2e-5
             found |= {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-        self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
-        if spec.ngram:
-            found["prompt_lookup"] = True
         return found
 
-    @property
-    def worn(self) -> bool:
-        """It has compiled too much to go on: once what runs has ended, the next start() makes a new pipeline."""
-        return len(self.grammars) >= self.GRAMMARS
+    def compile(self, path: str, properties: dict[str, Any]) -> Any:
+        """Attention over a paged KV cache, and logits of the rows alone that are asked for."""
+        transformations: Any = importlib.import_module("openvino._offline_transformations")
+        operations: Any = importlib.import_module("openvino.opset13")
+        core = self.openvino.Core()
+        model = core.read_model(path)
+        transformations.paged_attention_transformation(model)
+        head = model.output(0).get_node()
+        while head.get_type_name() != "MatMul":  # behind it stands at most what changes logits one by one
+            head = next(value for value in head.input_values() if value.get_partial_shape().is_dynamic).get_node()
+        rows = operations.parameter([-1], dtype=self.numpy.int64, name="rows")
+        rows.output(0).get_tensor().set_names({"rows"})
+        axis = operations.constant(0, dtype=self.numpy.int64)
+        head.input(0).replace_source_output(operations.gather(head.input_value(0), rows, axis).output(0))
+        model.add_parameters([rows])
+        model.validate_nodes_and_infer_types()
+        return core.compile_model(model, self.device, properties)
 
-    def renew(self) -> None:
-        """Where that fails nothing is left to go on with: the process ends, and the server starts another."""
-        log.info("the pipeline has compiled %d grammars: making a new one, since it keeps them all", len(self.grammars))
-        self.pipe = self.tokenizer = None  # both hold what was compiled; and there is not room for two
-        memory.give_back()
-        try:
-            self.pipe = self.make_pipe()
-        except Exception as error:
-            raise SystemExit(f"the model cannot be loaded again: {one_line(error)}") from error
-        self.tokenizer = self.pipe.get_tokenizer()
-        self.grammars.clear()
-        self.prefixes = Prefixes()
-        self.take_cache()
-        memory.give_back()  # the second cache grows where the first one lay, and leaves as much behind
+    def make_cache(self, spec: EngineSpec, trained: int) -> None:
+        """Its layout is the device's choice."""
+        caches = {port.any_name: port for port in self.compiled.inputs if "_cache." in port.any_name}
+        shapes = {name: [side.get_length() for side in [*port.partial_shape][1:]] for name, port in caches.items()}
+        size = shapes["value_cache.0"][1]  # (blocks, heads, tokens, values)
+        block_bytes = sum(math.prod(shapes[name]) * port.element_type.size for name, port in caches.items())
+        self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, trained, block_bytes // size)
+        self.blocks = Blocks(-(-self.cache_tokens // size) + self.BESIDE, size)
+        for name, port in caches.items():
+            self.request.set_tensor(name, self.make_tensor(port.element_type, [self.blocks.count, *shapes[name]]))
 
-    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
-        if self.worn and not self.handles and not self.arriving:
-            self.renew()
-        if self.ngram and sampling.min_tokens:
-            raise Refused("OpenVINO has no 'min_tokens' beside speculative decoding (--ngram-match-min).", "min_tokens")
-        config = self.genai.GenerationConfig()
-        config.apply_chat_template = False
-        config.max_new_tokens = sampling.max_tokens
-        config.eos_token_id = self.eos_id
-        config.ignore_eos = sampling.ignore_eos
-        config.min_new_tokens = min(sampling.min_tokens, sampling.max_tokens or 0)
-        config.stop_token_ids = set() if sampling.min_tokens or sampling.ignore_eos else {*self.eos, *sampling.stop_token_ids}
-        config.logprobs = 0 if sampling.logprobs is None else 1
-        if self.ngram:
-            config.num_assistant_tokens, config.max_ngram_size = self.draft_tokens, self.ngram
-        if sampling.grammar:
-            config.structured_output_config = self.genai.StructuredOutputConfig(grammar=ebnf(sampling.grammar))
-            self.grammars.add(hash(sampling.grammar))
-        config.presence_penalty = sampling.presence_penalty
-        config.frequency_penalty = sampling.frequency_penalty
-        config.repetition_penalty = sampling.repetition_penalty
-        if sampling.temperature:
-            config.do_sample = True
-            config.temperature = sampling.temperature
-            config.top_p = sampling.top_p
-            config.min_p = min(sampling.min_p, 0.999999)  # the library refuses 1
-            config.rng_seed = sampling.seed
-            if sampling.top_k:
-                config.top_k = sampling.top_k
-        seq = next(self.numbers)
-        packed = array("i", ids)
-        if (self.arriving or self.decodes()) and not self.ngram:
-            known = self.prefixes.best("", packed)[0]
-            self.arriving[seq] = Arriving(ids, config, known // self.BLOCK * self.BLOCK)
-        else:
-            self.handles[seq] = self.add(seq, ids, config)
-            self.unread.add(seq)
-        self.prefixes.remember("", packed, array("i"))
-        if sampling.logprobs is not None:
-            self.scored.add(seq)
-        return seq, None
+    def make_tensor(self, kind: Any, shape: list[int]) -> Any:
+        device = self.compiled.get_property("EXECUTION_DEVICES")[0].strip("()")
+        if device != "CPU":
+            return self.openvino.Core().get_default_context(device).create_tensor(kind, self.openvino.Shape(shape), {})
+        tensor = self.openvino.Tensor(kind, self.openvino.Shape(shape))
+        tensor.data.fill(0)  # the system has to give it now, not in the middle of somebody's answer
+        return tensor
 
-    def add(self, seq: int, ids: list[int], config: Any) -> Any:
-        return self.pipe.add_request(seq, self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64)), config)
+    def find(self, ids: list[int], limit: int) -> tuple[Slot, int]:
+        slot = next(slot for slot in self.ring if slot.sampler is None)
+        slot.table = self.blocks.find(ids[:limit])
+        self.blocks.hold(slot.table)
+        return slot, len(slot.table) * self.blocks.size
 
-    def decodes(self) -> bool:
-        """Does anybody wait for a next token?"""
-        return len(self.handles) > len(self.unread)
+    def look_again(self, slot: Slot) -> None:
+        slot.table = self.blocks.find(slot.todo[:-1])
+        self.blocks.hold(slot.table)
+        found = len(slot.table) * self.blocks.size
+        slot.kv, slot.todo = slot.todo[:found], slot.todo[found:]
+        slot.late, slot.fresh = found if slot.fresh else slot.late, slot.fresh and not found
 
-    def let_in(self) -> int:
-        """As much of the prompts that wait as fits beside what decodes, the first one first. Returns tokens."""
-        most = room = self.pace.piece()
-        for seq, one in list(self.arriving.items()):
-            if one.handle and one.handle.get_status() == self.genai.GenerationStatus.RUNNING:  # it waits for room in the cache
-                break
-            rest = len(one.ids) - one.read
-            if rest > room and self.decodes():
-                piece = room // self.BLOCK * self.BLOCK
-                if piece:
-                    config = self.genai.GenerationConfig()
-                    config.apply_chat_template, config.max_new_tokens = False, 1
-                    one.read, room = one.read + piece, room - piece
-                    one.handle = self.add(next(self.numbers), one.ids[: one.read], config)
-                break
-            self.handles[seq] = self.add(seq, one.ids, one.config)
-            self.unread.add(seq)
-            del self.arriving[seq]
-            room -= rest
-        return min(most - room, self.BATCH)
+    def free_cells(self) -> int:
+        return self.blocks.free * self.blocks.size
 
-    def step(self) -> list[Step]:
-        began, more = time.monotonic(), self.let_in()
-        self.pipe.step()
-        if more or not self.unread:
-            self.pace.learn(time.monotonic() - began, more)
-        out = []
-        for seq, handle in self.handles.items():
-            if handle.can_read():
-                outputs = handle.read()
-                if not outputs:  # status IGNORED: the scheduler found that it can never fit
-                    raise RuntimeError("OpenVINO ran out of KV cache; start with a larger --cache-size")
-                for output in outputs.values():
-                    scores = [Scored(logprob) for logprob in output.generated_log_probs] if seq in self.scored else ()
-                    out.append(Step(seq, output.generated_ids, scores))
-                    self.unread.discard(seq)
-            elif handle.get_status() == self.genai.GenerationStatus.FINISHED:  # by itself, and too early
-                out.append(Step(seq, (), error=EngineFailed("OpenVINO ended the completion before its end")))
-        return out
+    def need(self, slot: Slot, more: int) -> int:
+        size = self.blocks.size
+        return (-(-(len(slot.kv) + more) // size) - len(slot.table)) * size
+
+    def cut(self, slot: Slot) -> None:
+        """What lies behind will be overwritten. A guess that was right may have filled a block."""
+        self.blocks.fill(slot.table, slot.kv, max(0, len(slot.kv) - 1 - self.draft_tokens), len(slot.kv))
+
+    def drop(self, slot: Slot) -> None:
+        self.blocks.release(slot.table)
+        slot.table = []
+
+    def take_blocks(self, pieces: list[Piece]) -> None:
+        for slot, ids, position, _ in pieces:
+            while len(slot.table) * self.blocks.size < position + len(ids):
+                slot.table.append(self.blocks.take())
+
+    def fill_blocks(self, pieces: list[Piece]) -> None:
+        """What has been computed others may share; not what was guessed."""
+        for slot, ids, position, _ in pieces:
+            self.blocks.fill(slot.table, slot.kv, position, position + len(ids) - len(slot.drafts))
+
+    def compute(self, pieces: list[Piece]) -> None:
+        numpy, size = self.numpy, self.blocks.size
+        ends = [piece.position + len(piece.ids) for piece in pieces]
+        begins = [0, *itertools.accumulate(len(piece.ids) for piece in pieces)]
+        self.take_blocks(pieces)
+        tables = [piece.slot.table[: -(-end // size)] for piece, end in zip(pieces, ends, strict=True)]
+        longs, shorts = numpy.int64, numpy.int32
+        given = {
+            "input_ids": numpy.array([token for piece in pieces for token in piece.ids], longs),
+            "position_ids": numpy.concatenate(
+                [numpy.arange(p.position, e, dtype=longs) for p, e in zip(pieces, ends, strict=True)]
+            ),
+            "past_lens": numpy.array([piece.position for piece in pieces], shorts),
+            "subsequence_begins": numpy.array(begins, shorts),
+            "block_indices": numpy.array([block for table in tables for block in table], shorts),
+            "block_indices_begins": numpy.array([0, *itertools.accumulate(map(len, tables))], shorts),
+            "max_context_len": numpy.array(max(ends), shorts),
+            "rows": numpy.array(
+                [row for p, end in zip(pieces, begins[1:], strict=True) for row in range(end - p.outputs, end)], longs
+            ),
+        }
+        for name, value in given.items():
+            kept = self.inputs.get(name)
+            if kept is not None and kept.shape == value.shape:
+                kept[...] = value
+            else:
+                tensor = self.openvino.Tensor(value)
+                self.inputs[name] = tensor.data
+                self.request.set_tensor(name, tensor)
+        self.request.infer(share_outputs=True)  # else it copies the logits
+        logits = self.request.get_output_tensor(0).data  # (rows, 1, vocabulary), or without the middle
+        self.rows = logits.reshape(-1, logits.shape[-1])[:, : self.vocabulary]
+        self.fill_blocks(pieces)
+
+    def logits(self, row: int) -> Any:
+        return self.rows[row]
 
     def cancel(self, seq: int) -> None:
-        self.scored.discard(seq)
-        self.unread.discard(seq)
-        handle = self.arriving.pop(seq).handle if seq in self.arriving else self.handles.pop(seq)
-        if handle and handle.get_status() == self.genai.GenerationStatus.RUNNING:
-            handle.cancel()
-            if not self.handles:
-                self.pipe.step()  # a cancelled request keeps its KV blocks until the next step, and none may come
+        super().cancel(seq)
+        slot = self.ring[seq]
+        self.drop(slot)
+        slot.kv = []
 
     def embed(self, inputs: Sequence[Tokens]) -> Iterator[list[bytes]]:
         raise no_embeddings()
 
     def close(self) -> None:
-        del self.pipe
-
-
-@functools.lru_cache(64)
-def ebnf(text: str) -> str:
-    """A grammar in the dialect of OpenVINO and llama.cpp. Raises Refused where it would be too large in it."""
-    try:
-        return ebnf_grammar(text)
-    except Unsupported as error:
-        raise Refused(f"The constraint cannot be honoured on this engine: {error}.", "structured_outputs") from None
+        del self.request, self.compiled
 
 
 # ───────────────────────────────────────────────────── llama.cpp ─────────────────────────────────────────────────
 
 
-class LlamaGrammar:
-    """llama.cpp's own sampler of a grammar, which only forbids. Where llguidance is not installed: it takes milliseconds a mask."""
-
-    def __init__(self, lib: Any, sampler: Any, candidates: Any) -> None:
-        self.lib, self.sampler = lib, sampler
-        self.candidates = candidates  # llama_token_data (vocabulary), of all grammars; the ids are there
-
-    def allows(self, token: int) -> bool:
-        one = (self.lib.llama_token_data * 1)(self.lib.llama_token_data(token, 0.0, 0.0))
-        self.lib.llama_sampler_apply(self.sampler, ctypes.byref(self.lib.llama_token_data_array(one, 1, -1, False)))
-        return not math.isinf(one[0].logit)
-
-    def allowed(self) -> Any:
-        """bool (vocabulary)"""
-        self.candidates["logit"] = 0.0
-        data = self.candidates.ctypes.data_as(ctypes.POINTER(self.lib.llama_token_data))
-        array = self.lib.llama_token_data_array(data, len(self.candidates), -1, False)
-        self.lib.llama_sampler_apply(self.sampler, ctypes.byref(array))
-        return self.candidates["logit"] == 0.0
-
-    def accept(self, token: int) -> None:
-        self.lib.llama_sampler_accept(self.sampler, token)
-
-    def free(self) -> None:
-        self.lib.llama_sampler_free(self.sampler)
-
-
-class Guidance:
-    """llguidance's matcher of a grammar: a mask of the whole vocabulary in microseconds, without the GIL."""
-
-    def __init__(self, matcher: Any, numpy: Any, vocabulary: int) -> None:
-        self.matcher, self.numpy, self.vocabulary = matcher, numpy, vocabulary
-
-    def allows(self, token: int) -> bool:
-        return bool(self.matcher.validate_tokens([token]))
-
-    def allowed(self) -> Any:
-        """bool (vocabulary). Raises Refused: the matcher has a limit, and then allows only the end."""
-        packed = self.numpy.frombuffer(self.matcher.compute_bitmask(), dtype=self.numpy.uint8)
-        if self.matcher.is_error():
-            raise grammar_failed(self.matcher)
-        return self.numpy.unpackbits(packed, count=self.vocabulary, bitorder="little").view(bool)
-
-    def accept(self, token: int) -> None:
-        self.matcher.consume_token(token)
-
-    def free(self) -> None:
-        pass
-
-
-@dataclass(slots=True)
-class LlamaSlot:
-    """One sequence of the KV cache. `kv` are the tokens it holds, kept after the end for the next prompt like it."""
-
-    seq: int
-    kv: list[int] = field(default_factory=list)
-    todo: list[int] = field(default_factory=list)  # tokens to be decoded next: the rest of the prompt, or the one sampled
-    sampler: Sampler | None = None  # None: the slot is free
-    grammar: LlamaGrammar | Guidance | None = None
-    sampling: Sampling = Sampling()
-    scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens, where they are wanted
-    used: int = 0  # when it was last started: the least recent is overwritten first
-    drafts: list[int] = field(default_factory=list)  # guesses at what follows todo[0], decoded with it
-    grams: dict[tuple[int, ...], int] = field(default_factory=dict)  # tokens in a row → where what followed them begins
-    indexed: int = 0  # tokens of the sequence that `grams` knows
-    left: int = 0  # tokens that may still be sampled
-
-    @property
-    def settled(self) -> bool:
-        """It has got more than its first token."""
-        return self.left < (self.sampling.max_tokens or 1) - 1
-
-    def yield_cells(self) -> None:
-        """Give its cells back, to be decoded anew when there is room: what was sampled, and the sampler, stay."""
-        self.todo, self.kv = self.kv + self.todo, []
-        if self.scores:  # of a prompt that is being scored, from its first token
-            self.scores = [Scored(None)]
-
-
-class LlamaCpp(LlamaModel):
+class LlamaCpp(Slots, LlamaModel):
     """llama.cpp by its low-level Python binding: any GGUF file.
 
-    One llama_batch per step over all sequences; a long prompt is decoded in pieces so that the others keep going.
     Where memory allows, each slot has a KV cache of its own; else all share one, which is slower (each attends over everyone's
-    cells) but lets one request use all of it. There a prompt waits until it fits, and the youngest sequence yields when cells run out.
+    cells) but lets one request use all of it.
     """
 
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("llama_cpp", "llguidance")
+    INSTALL: ClassVar = "llama-cpp-python==0.3.36 llguidance==1.9.1"
     LACKS: ClassVar = frozenset({"prompts"})
     SPECULATES: ClassVar = frozenset({"ngram"})
-    BATCH, BATCH_TOGETHER = 512, 2048  # tokens per step when nobody waits for the next token, and of several whole prompts …
-    BATCH_BUSY, BATCH_LEAST = 256, 32  # … and at most and at least when somebody does
     FUSED = True  # attention by one kernel, which is faster and takes less memory
-    BATCH_SCORED = 64  # … and of a prompt whose every token needs its logits
-    pool_tokens, pool_rows = BATCH_BUSY, 64
+    pool_tokens, pool_rows = Slots.BATCH_BUSY, 64
 
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         super().__init__(spec, progress)
         lib, trained = self.lib, self.trained
-        self.ngram, self.draft_tokens = spec.ngram, spec.draft_tokens or 4
         if spec.ngram and (lib.llama_model_is_recurrent(self.model) or lib.llama_model_is_hybrid(self.model)):
             raise RuntimeError("a recurrent model cannot take guesses back: leave out --ngram-match-min")
         self.cells, self.unified = self.layout(spec)
         with ThreadPoolExecutor(1) as beside:  # reads the vocabulary alone, while the KV cache is being cleared: both take long
-            guidance = beside.submit(self.make_guidance)
+            guides = beside.submit(self.make_guides)
             self.ctx = self.make_context()
-            self.guidance = guidance.result()
+            self.guides = guides.result()
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
         self.context = min(lib.llama_n_ctx_seq(self.ctx), trained)
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH_TOGETHER, 0, 1)
-        self.grammars: dict[str, Any] = {}  # compiled, by text
-        self.pace = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH_BUSY)
-        self.scoring: list[tuple[LlamaSlot, int, int]] = []  # (slot, index in the batch, the prompt token that it predicts)
-        self.weights = Weights(self.numpy, self.vocabulary)
-        self.ring = [LlamaSlot(i) for i in range(spec.slots)]
-        self.clock = itertools.count(1)
+        self.rows: list[int] = []  # where in the batch each row of logits is
+        self.make_slots(spec)
 
-    def make_guidance(self) -> Any:
-        """llguidance's view of the vocabulary, where it is installed."""
-        if not importlib.util.find_spec("llguidance"):
-            return None
+    def make_guides(self) -> Guides:
         made: Any = importlib.import_module("llguidance.llamacpp")
-        return made.lltokenizer_from_vocab(self.vocab, self.vocabulary, [*self.eos])
+        tokens = made.lltokenizer_from_vocab(self.vocab, self.vocabulary, [*self.eos])
+        return Guides(self.numpy, tokens, self.vocabulary, self.eos)
 
     def layout(self, spec: EngineSpec) -> tuple[int, bool]:
         return cache_layout(spec, self.trained, gguf_shape(self.meta)[1])
@@ -473,11 +374,7 @@ class LlamaCpp(LlamaModel):
             raise RuntimeError(f"no memory for {params.n_ctx} tokens of KV cache: lower --cache-size ({self.last_error})")
         return ctx
 
-    # A sequence starts in the free slot whose KV cache shares the longest beginning with its prompt.
-
-    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
-        # The last token is always decoded: its logits are what we are after. A scored prompt needs those of all.
-        limit = 0 if sampling.scores_prompt else len(ids) - 1
+    def find(self, ids: list[int], limit: int) -> tuple[Slot, int]:
         free = [slot for slot in self.ring if slot.sampler is None]
         slot = max(free, key=lambda s: (self.reusable(s, ids, limit), -s.used))
         common = self.reusable(slot, ids, limit)
@@ -485,223 +382,50 @@ class LlamaCpp(LlamaModel):
         if (reusable := self.reusable(other, ids, limit)) >= common + 32:  # a copy costs about as much as decoding a few tokens
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
             self.lib.llama_memory_seq_cp(self.memory, other.seq, slot.seq, -1, -1)
-            slot.kv, common = list(other.kv), reusable
+            common = reusable
         if not self.lib.llama_memory_seq_rm(self.memory, slot.seq, common, -1):
             self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)  # recurrent state cannot be cut: begin anew
             common = 0
-        slot.kv, slot.todo = ids[:common], ids[common:]
-        slot.grammar = self.make_grammar(sampling.grammar) if sampling.grammar else None
-        slot.sampler, slot.sampling = Sampler(self.weights, self.eos, ids, sampling), sampling
-        slot.scores = [Scored(None)] if sampling.scores_prompt else []  # nothing predicts the first token
-        slot.used, slot.left = next(self.clock), sampling.max_tokens or 1
-        slot.drafts, slot.grams, slot.indexed = [], {}, self.ngram
-        return slot.seq, common
+        return slot, common
 
-    def reusable(self, slot: LlamaSlot, ids: list[int], limit: int) -> int:
+    def reusable(self, slot: Slot, ids: list[int], limit: int) -> int:
         """How many tokens of a slot's cache are the beginning of these, at most `limit`."""
         return shared(slot.kv, ids, limit)
-
-    def make_grammar(self, text: str) -> LlamaGrammar | Guidance:
-        """A copy of the compiled grammar. Raises Refused."""
-        if text not in self.grammars:
-            made = self.compile_guidance(text) if self.guidance else self.compile_grammar(text)
-            if len(self.grammars) >= 64:
-                self.grammars.pop(next(iter(self.grammars))).free()
-            self.grammars[text] = made
-        kept = self.grammars[text]
-        if isinstance(kept, Guidance):
-            return Guidance(kept.matcher.deep_copy(), self.numpy, self.vocabulary)
-        return LlamaGrammar(self.lib, self.lib.llama_sampler_clone(kept.sampler), kept.candidates)
-
-    def compile_guidance(self, text: str) -> Guidance:
-        if not self.eos:
-            raise Refused("This model has no token that ends a text, which structured output needs.", "structured_outputs")
-        llguidance: Any = importlib.import_module("llguidance")
-        matcher = llguidance.LLMatcher(self.guidance, llguidance.grammar_from("lark", lark_grammar(text)))
-        if matcher.is_error():
-            raise grammar_failed(matcher)
-        return Guidance(matcher, self.numpy, self.vocabulary)
-
-    def compile_grammar(self, text: str) -> LlamaGrammar:
-        """llama.cpp's parser gives NULL for a bad one."""
-        self.last_error = ""
-        grammar = self.lib.llama_sampler_init_grammar(self.vocab, ebnf(text).encode(), b"root")
-        if not grammar:
-            raise Refused(f"The grammar is not valid GBNF: {self.last_error or 'it has no root'}.", "structured_outputs")
-        row = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # llama_token_data
-        candidates = self.numpy.zeros(self.vocabulary, dtype=row)
-        candidates["id"] = self.numpy.arange(self.vocabulary)
-        return LlamaGrammar(self.lib, grammar, candidates)
-
-    def step(self) -> list[Step]:
-        if self.unified:
-            self.make_room()
-        ready = self.fill_batch()
-        began = time.monotonic()
-        status = self.lib.llama_decode(self.ctx, self.batch)
-        if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
-        self.pace.learn(time.monotonic() - began, self.batch.n_tokens - len(ready), few=len(self.ring))
-        for slot, index, token in self.scoring:
-            slot.scores.append(self.score(index, token, slot.sampling.logprobs or 0))
-        return [self.accept(slot, index) if slot.drafts else self.sample(slot, index) for slot, index in ready]
-
-    def make_room(self) -> None:
-        """Cells for all that decode, and for the prompt that has waited longest.
-
-        First go prompts that are kept for reuse, the oldest first; then the youngest sequence yields. The oldest never does.
-        """
-        kept = sorted((slot for slot in self.ring if slot.sampler is None and slot.kv), key=lambda s: s.used)
-        busy = sorted((slot for slot in self.ring if slot.sampler is not None), key=lambda s: s.used)
-        next_prompt = next((len(slot.todo) for slot in busy if len(slot.todo) > 1), 0)
-        while self.free_cells() < self.growth() + next_prompt and kept:
-            self.forget(kept.pop(0))
-        while self.free_cells() < self.growth() or (next_prompt > self.free_cells() and not self.growth()):
-            holding = [slot for slot in busy[1:] if slot.kv]
-            if not holding:
-                return
-            self.forget(holding[-1])
-
-    def growth(self) -> int:
-        """Cells that a step needs at most for the sequences that decode."""
-        return (1 + self.draft_tokens * bool(self.ngram)) * sum(len(s.todo) == 1 for s in self.ring if s.sampler is not None)
 
     def free_cells(self) -> int:
         """Counts what sequences share as often as it is shared."""
         return self.cells - sum(len(slot.kv) for slot in self.ring)
 
-    def forget(self, slot: LlamaSlot) -> None:
-        self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
-        if slot.sampler is None:
-            slot.kv = []
-        else:
-            slot.yield_cells()
+    def cut(self, slot: Slot) -> None:
+        self.lib.llama_memory_seq_rm(self.memory, slot.seq, len(slot.kv), -1)
 
-    def fill_batch(self) -> list[tuple[LlamaSlot, int]]:
-        """One token of every sequence that decodes, then pieces of the prompts. Returns whose last logits are at which index."""
-        batch, ready = self.batch, []
-        busy = self.taking_part()
-        decoding = [slot for slot in busy if len(slot.todo) == 1]
-        prefilling = sorted((slot for slot in busy if len(slot.todo) > 1), key=lambda s: s.used)
-        room = max(self.room(decoding), len(decoding) + 1)
-        free = self.free_cells() - self.growth() if self.unified else self.cells
-        at = 0
-        self.scoring = []
-        if self.ngram:
-            for slot in decoding:
-                slot.drafts = self.guess(slot, min(self.draft_tokens, room // (2 if prefilling else 1) // len(decoding) - 1))
-                slot.todo += slot.drafts
-        for slot in decoding + prefilling:
-            prompt = len(slot.todo) > 1 and not slot.drafts
-            scored = prompt and bool(slot.scores)
-            piece = slot.todo[: min(room, self.BATCH_SCORED if scored else self.BATCH)]
-            if scored or len(piece) < len(slot.todo):  # beyond BATCH come only whole prompts
-                piece = piece[: max(0, self.BATCH - at, len(decoding) + 1 - at)]
-            if not piece or (prompt and len(slot.todo) > free):  # the next in line waits until the whole of it fits
-                break
-            free -= len(piece) * prompt
-            position, last = len(slot.kv), len(slot.todo) == len(piece)
-            for i, token in enumerate(piece):
+    def drop(self, slot: Slot) -> None:
+        self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
+
+    def compute(self, pieces: list[Piece]) -> None:
+        batch, at = self.batch, 0
+        self.rows = []
+        for slot, ids, position, outputs in pieces:
+            for i, token in enumerate(ids):
                 batch.token[at] = token
                 batch.pos[at] = position + i
                 batch.n_seq_id[at] = 1
                 batch.seq_id[at][0] = slot.seq
-                batch.logits[at] = scored or (last and i + 1 + len(slot.drafts) >= len(piece))
-                if scored and i + 1 < len(slot.todo):
-                    self.scoring.append((slot, at, slot.todo[i + 1]))
+                batch.logits[at] = wanted = i + outputs >= len(ids)
+                if wanted:
+                    self.rows.append(at)
                 at += 1
-            room -= len(piece)
-            slot.kv += piece
-            slot.todo = slot.todo[len(piece) :]
-            if last:
-                ready.append((slot, at - 1 - len(slot.drafts)))
         batch.n_tokens = at
-        return ready
+        status = self.lib.llama_decode(self.ctx, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
 
-    def taking_part(self) -> list[LlamaSlot]:
-        """In the next batch."""
-        return [slot for slot in self.ring if slot.sampler is not None]
+    def logits(self, row: int) -> Any:
+        return self.row_of(self.rows[row])
 
-    def room(self, decoding: list[LlamaSlot]) -> int:
-        """Tokens of the next batch."""
-        settled = any(slot.settled for slot in decoding)  # who has just begun waits for those that came with it
-        return self.pace.piece() if settled else self.BATCH_TOGETHER
-
-    def guess(self, slot: LlamaSlot, most: int) -> list[int]:
-        """What followed the last tokens when they were met before."""
-        text, n = slot.kv + slot.todo, self.ngram
-        for end in range(slot.indexed, len(text)):
-            slot.grams[tuple(text[end - n : end])] = end  # the last n of all come later: something must follow them
-        slot.indexed = max(slot.indexed, len(text))
-        at = slot.grams.get(tuple(text[-n:]), len(text))
-        return text[at : at + max(0, min(most, slot.left - 1, self.context - len(text)))]
-
-    def accept(self, slot: LlamaSlot, index: int) -> Step:
-        """Sample as if there had been no guesses, for as long as they turn out right: the same tokens, several in a step."""
-        drafts, slot.drafts = slot.drafts, []
-        first = step = self.sample(slot, index)
-        tokens, scores = [*step.tokens], [*step.logprobs]
-        while len(tokens) <= len(drafts) and step.tokens and tokens[-1] == drafts[len(tokens) - 1] not in self.eos:
-            step = self.sample(slot, index + len(tokens))
-            tokens += step.tokens
-            scores += step.logprobs
-        slot.kv = slot.kv[: len(slot.kv) - len(drafts) + len(tokens) - 1]
-        self.lib.llama_memory_seq_rm(self.memory, slot.seq, len(slot.kv), -1)
-        return first._replace(tokens=tokens, logprobs=scores, error=step.error)
-
-    def sample(self, slot: LlamaSlot, index: int) -> Step:
-        assert slot.sampler
-        scores: list[Scored] = []
-        try:
-            token, refused = self.choose(slot, self.logits(index)), no_token_left()
-        except Refused as error:  # llguidance has limits
-            token, refused = None, error
-        if token is None:
-            slot.todo = [self.bos]  # never decoded: the choice ends here
-            return Step(slot.seq, (), error=refused)
-        slot.sampler.accept(token)
-        wanted = slot.sampling.logprobs
-        if wanted is not None:
-            scores = [self.score(index, token, wanted)]
-        prompt, slot.scores = slot.scores, []
-        slot.todo, slot.left = [token], slot.left - 1
-        return Step(slot.seq, [token], scores, prompt)
-
-    def logits(self, index: int) -> Any:
-        """The raw logits at a batch index, as a float32 array that lives until the next decode."""
+    def row_of(self, index: int) -> Any:
+        """The raw logits at a batch index."""
         return self.numpy.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.ctx, index), shape=(self.vocabulary,))
-
-    def score(self, index: int, token: int, alternatives: int) -> Scored:
-        logits = self.logits(index)
-        best = float(logits.max())
-        shift = best + math.log(float(self.numpy.exp(logits - best, dtype=self.numpy.float64).sum()))
-        top: list[tuple[int, float]] = []
-        if alternatives:
-            ids = self.numpy.argpartition(logits, -alternatives)[-alternatives:]
-            top = sorted(((int(i), float(logits[i]) - shift) for i in ids), key=lambda pair: -pair[1])
-        return Scored(float(logits[token]) - shift, top)
-
-    def choose(self, slot: LlamaSlot, logits: Any) -> int | None:
-        """Sample freely, and only when the grammar forbids that token, among those that it allows; None: bans leave none.
-
-        To ask the grammar about one token costs microseconds, about the whole vocabulary more, of llama.cpp's own milliseconds. With P
-        the probability of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
-        """
-        assert slot.sampler
-        token = slot.sampler.choose(logits)
-        if not slot.grammar:
-            return token
-        if token is None or not slot.grammar.allows(token):
-            token = slot.sampler.choose(logits, slot.grammar.allowed())
-        if token is not None:
-            slot.grammar.accept(token)
-        return token
-
-    def cancel(self, seq: int) -> None:
-        slot = self.ring[seq]
-        if slot.grammar:
-            slot.grammar.free()
-        slot.sampler, slot.grammar, slot.todo, slot.grams = None, None, [], {}
 
     def make_embedder(self) -> Any:
         """A context of its own: pooling is a property of a context, and embeddings need no KV cache that lasts."""
@@ -774,7 +498,7 @@ class TorchSequence:
     ids: list[int]
     sampling: Sampling
     generator: Any = None  # torch.Generator
-    matcher: Any = None  # llguidance's, of a grammar
+    guidance: Guidance | None = None
     sampled: list[int] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # of prompt and completion, once that is asked for
     cache: Any = None  # while its prompt is being scored
@@ -852,14 +576,13 @@ class Transformers(HfModel):
         self.pace, self.most = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH), self.processor.max_batch_tokens
         self.rows: dict[int, TorchSequence] = {}
         self.scoring: list[TorchSequence] = []
-        self.grammars: Any = None  # llguidance's tokenizer, made when first asked for
         self.out: list[Step] = []
         self.numbers = itertools.count()
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         row = TorchSequence(next(self.numbers), ids, sampling)
         row.generator = self.torch.Generator(self.device).manual_seed(sampling.seed or 0)
-        row.matcher = self.make_matcher(sampling.grammar) if sampling.grammar else None
+        row.guidance = self.guides.start(sampling.grammar) if sampling.grammar else None
         self.rows[row.seq] = row
         if sampling.scores_prompt:
             row.scores, row.cache = [Scored(None)], self.cache_class()
@@ -928,13 +651,13 @@ class Transformers(HfModel):
         if (s.presence_penalty or s.frequency_penalty) and row.sampled:
             tokens, counts = torch.tensor(row.sampled, device=self.device).unique(return_counts=True)
             logits[tokens] -= s.presence_penalty + s.frequency_penalty * counts
-        if row.matcher:
-            logits[~self.allowed(row.matcher)] = minus
+        if row.guidance:
+            logits[~torch.from_numpy(row.guidance.allowed()).to(self.device)] = minus
         if logits.max() == minus:
             raise no_token_left()
         token = self.draw(row, logits) if s.temperature else int(logits.argmax())
-        if row.matcher:
-            row.matcher.consume_token(token)
+        if row.guidance:
+            row.guidance.accept(token)
         if row.seen:
             row.seen.add(token)
         return token
@@ -998,25 +721,12 @@ class Transformers(HfModel):
         else:
             self.out.append(Step(row.seq, (), (), row.scores))
 
-    def make_matcher(self, text: str) -> Any:
-        """Raises Refused."""
+    @functools.cached_property
+    def guides(self) -> Guides:
         llguidance: Any = importlib.import_module("llguidance")
-        grammar = self.grammar(text)
-        if self.grammars is None:
-            size = max(self.vocabulary, len(self.literals))
-            self.grammars = llguidance.LLTokenizer(self.hf_tokenizer.to_str(), n_vocab=size, eos_token=[*self.eos])
-        matcher = llguidance.LLMatcher(self.grammars, llguidance.grammar_from("lark", grammar))
-        if matcher.is_error():
-            raise grammar_failed(matcher)
-        return matcher
-
-    def allowed(self, matcher: Any) -> Any:
-        """Which tokens may come next: bool (vocabulary). Raises Refused: the matcher has a limit, and then allows only the end."""
-        packed = self.numpy.frombuffer(matcher.compute_bitmask(), dtype=self.numpy.uint8)
-        if matcher.is_error():
-            raise grammar_failed(matcher)
-        bits = self.numpy.unpackbits(packed, count=self.vocabulary, bitorder="little")
-        return self.torch.from_numpy(bits).bool().to(self.device)
+        size = max(self.vocabulary, len(self.literals))
+        tokens = llguidance.LLTokenizer(self.hf_tokenizer.to_str(), n_vocab=size, eos_token=[*self.eos] or None)
+        return Guides(self.numpy, tokens, self.vocabulary, self.eos)
 
     def cancel(self, seq: int) -> None:
         row = self.rows.pop(seq)
@@ -1198,7 +908,7 @@ class ExLlamaV3(HfModel):
         if result["stage"] == "error":
             return Step(seq, (), error=EngineFailed(f"exllamav3 failed: {one_line(result['error'])}"))
         if failed := [f._matcher for f in row.filters if f._matcher.is_error()]:
-            return Step(seq, (), error=grammar_failed(failed[0]))
+            return Step(seq, (), error=guidance.failed(failed[0]))
         tokens: list[int] = []
         scores: list[Scored] = []
         for part in (result, result.get("held") or {} if result["eos"] else {}):
@@ -1264,15 +974,6 @@ def exactly(spec: EngineSpec, device: str) -> EngineSpec:
     if device.lower() != "cpu":
         raise RuntimeError(f"--deterministic is honoured on the CPU alone: add --device {'CPU' if device.isupper() else 'cpu'}")
     return replace(spec, dtype="float32")
-
-
-def no_token_left() -> Refused:
-    return Refused("'logit_bias' bans every token that may come next.", "logit_bias")
-
-
-def grammar_failed(matcher: Any) -> Refused:
-    """Of llguidance's matcher: the grammar is bad, or takes more than its limits allow."""
-    return Refused(f"The grammar cannot be followed: {one_line(ValueError(matcher.get_error()))}", "structured_outputs")
 
 
 def no_embeddings() -> Refused:

@@ -382,9 +382,7 @@ class Backend(Protocol):
 
 # What a binding may have beside: `pool_tokens` and `pool_rows`, the most tokens (padding counts) and inputs of one embed();
 # `prompts`, a model's own by name, "" being what stands before every text; `pair(query, document, limit) -> Tokens` of a
-# reranker, whose embed() gives vectors of one number; `GRAMMAR_S`, seconds that a step takes longer as a rule in which a new grammar
-# is compiled, where start() does not; `worn`, true when nothing may be started before all that runs has ended. A vector is
-# little-endian float32.
+# reranker, whose embed() gives vectors of one number. A vector is little-endian float32.
 
 
 FEATURES = {  # what an engine may lack → what it is, for the 400
@@ -759,7 +757,7 @@ class EngineLoop:
         self.clock = itertools.count(1)
         self.pool = Pool(backend)
         self.reader, self.prefixes = Reader(backend), Prefixes()
-        self.pace, self.prompts = GrammarPace(getattr(backend, "GRAMMAR_S", 0.0)), PromptPace()
+        self.pace, self.prompts = GrammarPace(), PromptPace()
         self.credit = self.SHARE_S  # seconds that other work may take before the next step: half of what answers have taken
         self.out: list[tuple[int, Event]] = []
         self.spoke = 0.0  # when the last message was sent
@@ -855,7 +853,8 @@ class EngineLoop:
         unread, answering = self.unread(), self.answering()
 
         def may_begin(request: Request) -> bool:
-            fits = not answering or self.prompts.allows([len(request.ids), *unread])
+            last = len(self.active) == self.backend.slots - 1
+            fits = self.prompts.allows([len(request.ids), *unread], answering, last)
             return fits and self.pace.allows(request.sampling.grammar)
 
         able = [client for client, line in self.waiting.lines.items() if may_begin(line[0].request)]
@@ -871,8 +870,6 @@ class EngineLoop:
     def admit(self) -> None:
         self.catch_up()
         while self.waiting and len(self.active) < self.backend.slots:
-            if self.active and getattr(self.backend, "worn", False):
-                break
             choice = self.next_waiting()
             if choice is None:
                 break

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from backends import LlamaCpp, LlamaSlot, OpenVino, TorchSequence, Transformers, shared
+from backends import LlamaCpp, OpenVino, TorchSequence, Transformers, shared
 from engine import Backend, EngineSpec, Sampling, Step, log
 from machine import default_cache_tokens
+from slots import Piece, Slot
 
 
 class ExactLlamaCpp(LlamaCpp):
@@ -31,7 +32,7 @@ class ExactLlamaCpp(LlamaCpp):
         super().__init__(spec, progress)
         if self.lib.llama_supports_gpu_offload() and self.flags.get("gpu_layers") != 0:
             raise RuntimeError("--deterministic is honoured on the CPU alone: add --gpu-layers 0")
-        self.part: list[LlamaSlot] = []  # what is computed now
+        self.part: list[Slot] = []  # what is computed now
         self.prompts = [0] * spec.slots  # tokens of each slot's prompt; what its cache holds behind them was sampled
         self.together = self.rows_alike()
         if not self.together:
@@ -69,14 +70,14 @@ class ExactLlamaCpp(LlamaCpp):
         self.fill(self.batch, rows)
         if self.lib.llama_decode(self.ctx, self.batch):
             raise RuntimeError(f"llama_decode failed: {self.last_error}")
-        return [self.logits(index).copy() for index in range(self.batch.n_tokens)]
+        return [self.row_of(index).copy() for index in range(self.batch.n_tokens)]
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         seq, common = super().start(ids, sampling)
         self.prompts[seq] = len(ids)
         return seq, common
 
-    def reusable(self, slot: LlamaSlot, ids: list[int], limit: int) -> int:
+    def reusable(self, slot: Slot, ids: list[int], limit: int) -> int:
         found = shared(slot.kv, ids, min(limit, self.prompts[slot.seq]))
         return found - found % self.PIECE
 
@@ -91,10 +92,10 @@ class ExactLlamaCpp(LlamaCpp):
             out += super().step() if self.part else ()
         return out
 
-    def taking_part(self) -> list[LlamaSlot]:
+    def taking_part(self) -> list[Slot]:
         return self.part
 
-    def room(self, decoding: list[LlamaSlot]) -> int:
+    def room(self, decoding: list[Slot]) -> int:
         return self.BATCH if decoding else self.PIECE - len(self.part[0].kv) % self.PIECE
 
 
@@ -143,48 +144,16 @@ class ExactTransformers(Transformers):
 
 
 class ExactOpenVino(OpenVino):
-    """float32, and never one row alone, for which the library has another kernel: a companion decodes along, whose text nobody reads."""
+    """float32, and never one row alone, for which the library has another kernel: a companion is computed along, which nobody reads."""
 
-    BESIDE = 2  # it, and for a step the one whose place it has taken
-    RENEWED = OpenVino.BESIDE_TOKENS // 2  # tokens: a long one costs more
-    companion: Any = None
-    steps = 0  # that it has been there
+    BESIDE = 1
 
-    def accompany(self) -> None:
-        self.dismiss()
-        config = self.genai.GenerationConfig()
-        config.apply_chat_template, config.ignore_eos, config.max_new_tokens = False, True, self.context - 2
-        self.companion, self.steps = self.add(next(self.numbers), [self.eos_id] * 2, config), 0
+    def make_slots(self, spec: EngineSpec) -> None:
+        super().make_slots(spec)
+        self.companion = Slot(-1, table=[self.blocks.take()])
 
-    def dismiss(self) -> None:
-        if self.companion and self.companion.get_status() == self.genai.GenerationStatus.RUNNING:
-            self.companion.cancel()
-        self.companion = None
-
-    def renew(self) -> None:
-        self.dismiss()
-        super().renew()
-        self.accompany()
-
-    def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
-        if not self.companion:  # before the first prompt, which may take all of a step
-            self.accompany()
-        return super().start(ids, sampling)
-
-    def step(self) -> list[Step]:
-        self.steps += 1
-        if self.steps > self.RENEWED and not (self.unread or self.arriving):  # so the new one is read at once
-            self.accompany()
-        out = super().step()
-        while self.companion.can_read():
-            self.companion.read()
-        return out
-
-    def cancel(self, seq: int) -> None:
-        super().cancel(seq)
-        if not (self.handles or self.arriving):
-            self.dismiss()
-            self.pipe.step()  # its KV blocks are free
+    def compute(self, pieces: list[Piece]) -> None:
+        super().compute([*pieces, Piece(self.companion, [0], 0, 1)])
 
 
 # What honours --deterministic.

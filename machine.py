@@ -53,6 +53,18 @@ def openvino_device(asked: str, there: list[str]) -> str:
     return asked
 
 
+def with_a_cache(name: str, there: list[str]) -> str:
+    """The one device that a model's KV cache lies on. Raises ValueError for a model that would be spread over several."""
+    kind, _, rest = name.partition(":")
+    if kind not in ("AUTO", "MULTI", "HETERO"):
+        return name
+    if kind == "HETERO":
+        raise ValueError(
+            f"--device {name}: the KV cache of a model that generates lies on one device; there are: {', '.join(there)}"
+        )
+    return rest.split(",")[0] or next((device for device in there if device.startswith("GPU")), "CPU")
+
+
 def torch_device(torch: Any, asked: str) -> Any:
     """auto: the first GPU that torch sees, else CPU. Raises ValueError for one that is not there."""
     if asked == "auto":

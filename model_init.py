@@ -171,7 +171,7 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
         help="the same text for the same request and seed, whatever else runs (openvino, llamacpp, transformers, on the CPU); slower")  # fmt: skip
     add("--device", default="auto", metavar="NAME",
         help="transformers: cpu, cuda, cuda:1, mps, …, default: a GPU if there is one; "
-        "openvino: CPU, GPU, GPU.1, AUTO:GPU,CPU, HETERO:GPU,CPU, …, default: CPU")  # fmt: skip
+        "openvino: CPU, GPU, GPU.1, AUTO:GPU,CPU, …, default: CPU")  # fmt: skip
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="what to compute with (transformers, openvino); with float32 greedy text hardly depends on what else runs")  # fmt: skip
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["openvino-genai==2026.4.1.0", "jinja2==3.1.6", "pip"]
+# dependencies = ["openvino-genai==2026.4.1.0", "llguidance==1.9.1", "jinja2==3.1.6", "pip"]
 # ///
 """Serve a local language model over the OpenAI API:  python openai_api_endpoint.py --model-dir X --port 9999
 

@@ -43,9 +43,15 @@ class PromptPace:
         self.credit = self.BURST_S
         self.decode_s = 0.0  # what a step takes that reads no prompt
 
-    def allows(self, lengths: Sequence[int]) -> bool:
-        """May a prompt begin, so that prompts of these lengths are being read, its own first? A short one waits for no one's debt."""
-        return (self.credit > 0 or lengths[0] <= self.SHORT) and sum(lengths) - max(lengths) <= self.AT_ONCE
+    def allows(self, lengths: Sequence[int], answering: bool, last: bool) -> bool:
+        """May a prompt begin, so that prompts of these lengths are being read, its own first? A short one waits for no one's debt.
+
+        `last`: it would take the last slot, which long prompts leave while several of them are read.
+        """
+        at_once = sum(lengths) - max(lengths) <= self.AT_ONCE
+        if not answering:
+            return not last or at_once or lengths[0] <= self.AT_ONCE
+        return at_once and (self.credit > 0 or lengths[0] <= self.SHORT)
 
     def stepped(self, seconds: float, reading: bool, answering: bool) -> float:
         """A step has taken so long. Returns what of it went to answers; all of it where nobody waits for one."""
@@ -61,19 +67,13 @@ class PromptPace:
 
 
 class GrammarPace:
-    """A grammar that an engine does not know yet takes it a while, in which nobody gets a token: as long then goes to steps.
+    """A grammar that an engine does not know yet takes it a while, in which nobody gets a token: as long then goes to steps."""
 
-    What start() took is measured. An engine that compiles in the first step (`GRAMMAR_S`, what that takes as a rule) pays ahead,
-    and where such a step was slow, afterwards.
-    """
+    SHARE_S, KNOWN = 0.05, 256
 
-    SHARE_S, SLOW_S, KNOWN = 0.05, 0.25, 256
-
-    def __init__(self, ahead: float):
-        self.ahead = ahead
+    def __init__(self) -> None:
         self.known: dict[int, None] = {}  # hashes, the latest last
         self.credit = self.SHARE_S  # seconds that new ones may take before the next step: as many as steps have taken
-        self.fresh = False  # a new one has begun since the last step
 
     def allows(self, grammar: str | None) -> bool:
         return grammar is None or hash(grammar) in self.known or self.credit > 0
@@ -85,13 +85,10 @@ class GrammarPace:
         self.credit -= took
         if refused:
             return
-        if hash(grammar) not in self.known:
-            self.credit, self.fresh = self.credit - self.ahead, True
         self.known.pop(hash(grammar), None)
         self.known[hash(grammar)] = None
         if len(self.known) > self.KNOWN:
             del self.known[next(iter(self.known))]
 
     def stepped(self, took: float) -> None:
-        slow, self.fresh = self.ahead and self.fresh and took > self.SLOW_S, False
-        self.credit = self.SHARE_S - took if slow else min(self.SHARE_S, self.credit + took)
+        self.credit = min(self.SHARE_S, self.credit + took)

@@ -67,7 +67,7 @@ class Sampler:
         best = int(all_.argmax())
         if all_[best] == -math.inf:
             return None
-        if not s.temperature:
+        if not s.temperature or s.top_k == 1 or s.min_p >= 1:  # of logits in 16 bits the greatest may be there twice
             return best
         numpy.subtract(all_, all_[best], out=all_)
         numpy.divide(all_, max(s.temperature, COLDEST), out=all_)
@@ -112,7 +112,7 @@ class Sampler:
                 kept = kept[all_[kept].argpartition(len(kept) - top_k)[-top_k:]]
             kept = kept[all_[kept] > 0]
         else:
-            kept = numpy.flatnonzero(all_ > s.min_p if s.min_p < 1 else all_ == 1)
+            kept = numpy.flatnonzero(all_ > s.min_p)
         if s.top_p is not None and s.top_p < 1:
             kept = self.nucleus(kept, s.top_p)
         return kept[all_[kept] >= s.min_p]

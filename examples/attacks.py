@@ -4,7 +4,8 @@
     python examples/attacks.py [only=NAME,…] [seconds=20] [flags of the server, such as -m model.gguf --backend llamacpp]
 
 For each attack a fresh server: one stream alone, the same while the attack runs, and 20 s after it. Prints how much of its rate
-the stream kept, its longest gap, /health's p99, and the memory of all the server's processes before, at most and afterwards.
+the stream kept, its longest gap, the longest wait for the next one, /health's p99, and the memory of all the server's processes before, at
+most and afterwards.
 Linux, standard library only.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 
 from soak import Soak, children, resident_mb
 
+HONEST = {"Content-Type": "application/json", "X-Forwarded-For": "10.0.0.7"}
 HELLO = [{"role": "user", "content": "Hello"}]
 MB = 1 << 20
 
@@ -33,10 +35,13 @@ class Siege:
     """A server, one honest stream, a watch over /health, and an attack."""
 
     def __init__(self, flags: list[str]):
-        self.soak = Soak(flags)
+        self.soak = Soak(
+            [*flags, "--trusted-proxy", "127.0.0.1"]
+        )  # the honest stream comes from another address than the attack
         self.port = self.soak.port
         self.over, self.under_attack = threading.Event(), threading.Event()
         self.times: list[float] = []  # when the honest stream got something
+        self.begun: list[float] = []  # when one was asked for
         self.health: list[float] = []
 
     def memory(self) -> list[float]:
@@ -45,13 +50,14 @@ class Siege:
         return [resident_mb(pid), sum(resident_mb(one) for one in children(pid))]
 
     def honest(self) -> None:
-        """One long stream after the other; a refusal is a gap."""
+        """One long stream after the other; a refusal is a wait for the next."""
         body = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "stream": True, "temperature": 0}
         while not self.over.is_set():
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
                 with contextlib.closing(connection):
-                    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+                    self.begun.append(time.monotonic())
+                    connection.request("POST", "/v1/chat/completions", json.dumps(body), HONEST)
                     reply = connection.getresponse()
                     while not self.over.is_set() and (line := reply.readline()):
                         if b'"content"' in line:
@@ -97,11 +103,16 @@ class Siege:
         self.over.set()
         kept = self.rate(start, end) / self.rate(alone, start)
         during = [start, *(at for at in self.times if start < at < end), end]
-        gap = max(b - a for a, b in zip(during, during[1:], strict=False))
+        gap = wait = 0.0
+        for a, b in zip(during, during[1:], strict=False):
+            if any(a < begun < b for begun in self.begun):
+                wait = max(wait, b - a)
+            else:
+                gap = max(gap, b - a)
         health = sorted(self.health)[int(len(self.health) * 0.99)] if self.health else float("nan")
         memory = ", ".join(" → ".join(f"{mb:.0f}" for mb in mbs) for mbs in zip(before, most, after, strict=True))
         said = ", ".join(f"{count} × {what}" for what, count in sorted(told.items(), key=lambda one: -one[1])[:4])
-        return f"| {name} | {kept:.2f} | {gap:.2f} | {health:.2f} | {memory} | {said} |"
+        return f"| {name} | {kept:.2f} | {gap:.2f} | {wait:.2f} | {health:.2f} | {memory} | {said} |"
 
 
 class Attackers:
@@ -274,7 +285,7 @@ def main() -> None:
         name, _, named[name] = given.pop(0).partition("=")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     print(
-        "| attack | rate kept | longest gap, s | /health p99, s | MB before → most → 20 s after: server, engine and workshop | answers |\n|---|---|---|---|---|---|"
+        "| attack | rate kept | longest gap in a stream, s | longest wait for the next, s | /health p99, s | MB before → most → 20 s after: server, engine and workshop | answers |\n|---|---|---|---|---|---|---|"
     )
     for name in named.get("only", ",".join(ATTACKS)).split(","):
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # the server is as small as most are

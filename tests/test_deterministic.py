@@ -127,18 +127,13 @@ def test_exllamav3_in_a_folder_of_models_refuses():
         backend_class("exllamav3", "generate", True)
 
 
-def test_openvino_renews_its_companion(demo, monkeypatch):
-    """While somebody decodes there is always one, and never for long the same; nobody there: none."""
+def test_openvino_never_computes_one_row_alone(demo):
     if lack := missing_library("openvino"):
         pytest.skip(lack)
-    monkeypatch.setattr(ExactOpenVino, "RENEWED", 5)
     backend = ExactOpenVino(EngineSpec("openvino", str(demo.path), 4, 0, 4 * 512, deterministic=True), lambda fraction: None)
-    made, accompany = [], backend.accompany
-    monkeypatch.setattr(backend, "accompany", lambda: (made.append(1), accompany()))
     sampling = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, top_k=0, logprobs=0, seed=1, ignore_eos=True)
     prompts = [[number + 500] * (20 + 3 * number) for number in range(4)]
     alone = [tokens_of(backend, [(prompt, sampling)])[0] for prompt in prompts]
-    assert len(made) >= 8 and backend.companion is None
+    assert len(backend.rows) == 2
     assert tokens_of(backend, [(prompt, sampling) for prompt in reversed(prompts)]) == alone[::-1]
-    assert backend.companion is None and not backend.pipe.has_non_finished_requests()
     backend.close()

@@ -617,7 +617,9 @@ def test_return_prompt_tells_why_it_was_not_in_the_cache(scripted):
     assert cache("echo It", n=2)["best_match_tokens"] == 7
     theirs = cache("echo It is 12:00 now", client="10.0.0.2")  # nobody is told what others have asked
     assert theirs == {"cached_tokens": 6, "best_match_tokens": 0, "first_difference": None}
-    difference = cache("echo It is 12:34 now", client="10.0.0.2")["first_difference"]  # an address from afar may be a whole office's
+    difference = cache("echo It is 12:34 now", client="10.0.0.2")[
+        "first_difference"
+    ]  # an address from afar may be a whole office's
     assert difference == {"token": 14, "prompt": "t is 12:34 now", "cached": None}
     prompts = scripted.request("POST", "/v1/completions", {"prompt": ["echo ab", "echo ac"], "return_prompt": True})[1]
     assert [one["cache"]["best_match_tokens"] for one in prompts["debug"]["prompts"]] == [0, 6]

@@ -769,7 +769,7 @@ def machine(monkeypatch, tmp_path, *there):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: name in there or None if name == "exllamav3_ext" else real(name)
     )
-    monkeypatch.setattr(backends.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
     monkeypatch.setattr(backends.os.path, "exists", lambda path: path in there)
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from machine import openvino_device
+from machine import openvino_device, with_a_cache
 
 POSIX_ONLY = {
     "os": ["sched_getaffinity", "sysconf", "getuid", "fork"],
@@ -66,5 +66,14 @@ def test_openvino_devices():
     ):
         with pytest.raises(ValueError, match=says):
             openvino_device(name, there)
+    assert [with_a_cache(name, there) for name in ("GPU.1", "AUTO", "MULTI:GPU.1,CPU", "CPU")] == [
+        "GPU.1",
+        "GPU.0",
+        "GPU.1",
+        "CPU",
+    ]
+    assert with_a_cache("AUTO", ["CPU"]) == "CPU"
+    with pytest.raises(ValueError, match="lies on one device"):
+        with_a_cache("HETERO:GPU,CPU", there)
     with pytest.raises(ValueError, match="no continuous batching on an NPU"):
         openvino_device("NPU", [*there, "NPU"])

@@ -1,4 +1,4 @@
-"""Log probabilities against the bare library: llama_get_logits_ith over the same tokens, with and without a BOS."""
+"""Log probabilities against the bare libraries, over the same tokens: llama_get_logits_ith, and OpenVINO's model without pages."""
 
 import json
 import subprocess
@@ -41,21 +41,45 @@ for ids in json.loads(sys.argv[2]):
     out.append([[float(rows[i - 1, ids[i]]), float(rows[i - 1].max())] for i in range(1, len(ids))])
 print(json.dumps(out))
 """
+BARE_OPENVINO = """
+import json, os, sys, numpy as np, openvino, openvino_genai
+os.chdir(sys.argv[3])
+os.symlink(sys.argv[1], "model.gguf")
+openvino_genai.LLMPipeline("model.gguf", "CPU", enable_save_ov_model=True)
+exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+model = openvino.Core().compile_model("openvino_model.xml", "CPU", exact)
+out = []
+for ids in json.loads(sys.argv[2]):
+    request, row = model.create_infer_request(), np.array([ids])
+    given = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None], "beam_idx": np.zeros(1, "i4")}
+    rows = request.infer(given)["logits"][0].astype("f8")
+    rows -= rows.max(1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(1, keepdims=True))
+    out.append([[float(rows[i - 1, ids[i]]), float(rows[i - 1].max())] for i in range(1, len(ids))])
+print(json.dumps(out))
+"""
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Les élèves ☃ 世界 🎉.", "def f(x):\n    return x + 1\n" * 12]
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_prompt_scores_are_the_librarys(demo, bos):
-    if lack := missing_library("llamacpp"):
+@pytest.mark.parametrize(("backend", "bos"), [("llamacpp", False), ("llamacpp", True), ("openvino", False)])
+def test_prompt_scores_are_the_librarys(demo, tmp_path, backend, bos):
+    if lack := missing_library(backend):
         pytest.skip(lack)
-    with serve_one(demo, EngineSpec("llamacpp", str(demo.path), 4, 0, 4096)) as served:
+    dtype = "float32" if backend == "openvino" else "auto"
+    with serve_one(demo, EngineSpec(backend, str(demo.path), 4, 0, 4096, dtype=dtype)) as served:
         prompts = [served.request("POST", "/tokenize", {"content": t, "add_special": False})[1]["tokens"] for t in TEXTS]
         prompts = [[1, *ids] if bos else ids for ids in prompts]
         body = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
         replies = [served.request("POST", "/v1/completions", body | {"prompt": ids})[1] for ids in prompts]
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, str(demo.path), json.dumps(prompts)], capture_output=True, text=True, check=True
-    )
+    bare = [
+        sys.executable,
+        "-c",
+        BARE_OPENVINO if backend == "openvino" else BARE,
+        str(demo.path),
+        json.dumps(prompts),
+        str(tmp_path),
+    ]
+    done = subprocess.run(bare, capture_output=True, text=True, check=True)
     for ids, reply, bare in zip(prompts, replies, json.loads(done.stdout), strict=True):
         scores = reply["choices"][0]["logprobs"]
         assert len(scores["tokens"]) == len(ids) + 1

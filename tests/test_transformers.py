@@ -143,7 +143,7 @@ def test_a_grammar_that_can_be_followed_no_further_is_not_called_finished(backen
     """llguidance has limits; its matcher then fails, and would let the text end in the middle."""
     seq, _ = backend.start([65, 66], sampling(90, grammar=own_grammar("root ::= [a-z]{50}")))
     backend.step()
-    matcher = backend.rows[seq].matcher
+    matcher = backend.rows[seq].guidance.matcher
     matcher.consume_token(*backend.tokenize("7", False))
     assert matcher.is_error()
     (step,) = backend.step()

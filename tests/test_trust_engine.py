@@ -42,7 +42,6 @@ from engine import (
     unpack_event,
 )
 from engine_handle import Engine, Outbox, Timeouts
-from pace import GrammarPace
 from turns import Turns
 from workshop import Closed, Order, Workshop
 
@@ -417,10 +416,30 @@ def test_long_prompts_leave_half_of_the_steps_time_to_answers(tmp_path, monkeypa
         loop.timed_step()
 
 
+def test_long_prompts_that_come_together_leave_a_slot(tmp_path):
+    """Nobody is answered yet, so they begin at once; but who comes then does not wait until the first of them has ended."""
+    loop = loop_over(tmp_path, slots=4)
+    loop.submit(1, [Prompt(text="forever " + "x" * 900) for _ in range(6)], Sampling(max_tokens=1), "a")
+    for _ in range(20):
+        loop.admit()
+    assert len(loop.active) == 3 and len(loop.waiting) == 3
+    loop.submit(2, [Prompt(text="forever")], Sampling(), "b")
+    for _ in range(20):
+        loop.admit()
+    assert [len(choice.request.ids) > 900 for choice in loop.active.values()] == [True, True, True, False]
+
+
 def test_grammars_that_are_new_come_one_by_one(tmp_path, monkeypatch):
     loop = loop_over(tmp_path, slots=6)
     clock = Clock(monkeypatch, loop.backend, read=0.0)
-    loop.pace = GrammarPace(0.5)  # what one takes, in an engine that compiles in its first step
+    start, known = loop.backend.start, set()
+
+    def compiling(ids, sampling):
+        clock.now += 0.5 * (sampling.grammar not in {None, *known})
+        known.add(sampling.grammar)
+        return start(ids, sampling)
+
+    loop.backend.start = compiling
     loop.submit(0, [prompt("forever")], Sampling(), "victim")
     for i in range(3):
         loop.submit(1 + i, [prompt("forever")], Sampling(grammar=f'root ::= "{i}"'), "a")
