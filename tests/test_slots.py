@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from backends import OpenVino
 from blocks import Blocks
 from engine import EngineSpec, Sampling
-from slots import Slots
+from slots import Piece, Slots
 
 numpy: Any = pytest.importorskip("numpy", reason="numpy comes with every engine")
 
@@ -122,6 +122,20 @@ def test_prompts_that_begin_alike_are_read_once_though_they_come_together():
     assert (first, third) == (0, 592) and 0 < second <= 592  # it began while the first was being read
 
 
+def test_a_guess_is_shared_with_nobody_before_it_has_turned_out_right():
+    engine = Paged(1, 64)
+    slot = engine.ring[engine.begin([*range(14)])]
+    engine.step()
+    slot.kv, slot.drafts = [*slot.kv, 3, 7, 7], [7, 7]
+    piece = Piece(slot, [3, 7, 7], 14, 3)
+    engine.take_blocks([piece])
+    engine.fill_blocks([piece])
+    assert not engine.blocks.known
+    slot.kv = slot.kv[:16]  # one of them was right
+    engine.cut(slot)
+    assert len(engine.blocks.known) == 1
+
+
 def test_what_was_found_is_told_once():
     engine = Paged(3, 320)
     before = engine.begin([*range(130)], most=1)
@@ -145,8 +159,8 @@ def test_a_short_prompt_passes_a_long_one():
 
 
 def test_a_prompt_that_waits_for_room_is_passed_but_not_for_ever():
-    engine = Counted(3, 300)
-    holder, waits = engine.begin(200, most=90), engine.begin(150, most=1)
+    engine = Counted(3, 400)
+    holder, waits = engine.begin(200, most=99), engine.begin(250, most=1)
     passed = 0
     while True:
         short = engine.begin(40, most=2)
