@@ -1,8 +1,8 @@
 """Bindings: one class for each native library.
 
-Each is thin: load, tokenize, start, step, cancel. What every engine has in common stands in engine.py, what is read from a
-model's own files in model_files.py, what embedding shares with them in libraries.py. A library is imported inside these classes
-and nowhere else, so in the engine process alone; the server process only looks whether it is there.
+Each is thin: load, tokenize, start, step, cancel. What every engine has in common stands in engine.py, what those over raw logits
+have in slots.py, what is read from a model's own files in model_files.py, what embedding shares with them in libraries.py. A library
+is imported inside classes that the engine process alone makes; the server process only looks whether it is there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class OpenVino(Slots, OpenVinoModel):
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("openvino_genai", "llguidance")
-    INSTALL: ClassVar = "openvino-genai==2026.4.1.0 llguidance==1.9.1"
+    INSTALL: ClassVar = f"{OpenVinoModel.INSTALL} {guidance.INSTALL}"
     LACKS: ClassVar = frozenset[str]()
     SPECULATES: ClassVar = frozenset({"ngram"})
     SPECIAL_IN_GRAMMAR: ClassVar = False
@@ -105,10 +105,9 @@ class OpenVino(Slots, OpenVinoModel):
         self.make_cache(spec, trained)
         self.context = min(trained, self.cache_tokens)
         self.make_slots(spec)
-        self.start([0], Sampling(max_tokens=1))  # the first step makes the kernels
-        self.step()
-        self.cancel(0)
-        self.pace = Pace(spec.step_target, self.BATCH_LEAST, self.BATCH_BUSY)  # such a step is no measure
+        first = Slot(0)
+        self.compute([Piece(first, [0], 0, 1)])  # makes the kernels
+        self.drop(first)
 
     def read_own(self, path: str) -> int:
         """What the model says of itself. Returns the tokens that it was trained for."""
@@ -237,7 +236,6 @@ class OpenVino(Slots, OpenVinoModel):
         self.blocks.hold(slot.table)
         found = len(slot.table) * self.blocks.size
         slot.kv, slot.todo = slot.todo[:found], slot.todo[found:]
-        slot.late, slot.fresh = found if slot.fresh else slot.late, slot.fresh and not found
 
     def free_cells(self) -> int:
         return self.blocks.free * self.blocks.size
@@ -325,7 +323,7 @@ class LlamaCpp(Slots, LlamaModel):
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("llama_cpp", "llguidance")
-    INSTALL: ClassVar = "llama-cpp-python==0.3.36 llguidance==1.9.1"
+    INSTALL: ClassVar = f"{LlamaModel.INSTALL} {guidance.INSTALL}"
     LACKS: ClassVar = frozenset({"prompts"})
     SPECULATES: ClassVar = frozenset({"ngram"})
     FUSED = True  # attention by one kernel, which is faster and takes less memory
@@ -403,20 +401,16 @@ class LlamaCpp(Slots, LlamaModel):
         self.lib.llama_memory_seq_rm(self.memory, slot.seq, -1, -1)
 
     def compute(self, pieces: list[Piece]) -> None:
-        batch, at = self.batch, 0
-        self.rows = []
-        for slot, ids, position, outputs in pieces:
-            for i, token in enumerate(ids):
-                batch.token[at] = token
-                batch.pos[at] = position + i
-                batch.n_seq_id[at] = 1
-                batch.seq_id[at][0] = slot.seq
-                batch.logits[at] = wanted = i + outputs >= len(ids)
-                if wanted:
-                    self.rows.append(at)
-                at += 1
-        batch.n_tokens = at
-        status = self.lib.llama_decode(self.ctx, batch)
+        rows = ((piece.slot.seq, piece.position + i, token) for piece in pieces for i, token in enumerate(piece.ids))
+        self.fill(self.batch, rows)
+        self.rows, at = [], 0
+        for piece in pieces:
+            end = at + len(piece.ids)
+            for index in range(at, end - piece.outputs):
+                self.batch.logits[index] = False
+            self.rows += range(end - piece.outputs, end)
+            at = end
+        status = self.lib.llama_decode(self.ctx, self.batch)
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}: {self.last_error}")
 
@@ -520,7 +514,7 @@ class Transformers(HfModel):
     """
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("transformers", "torch", "llguidance")
-    INSTALL: ClassVar = "torch==2.13.0 transformers==5.23.0 llguidance==1.9.1"
+    INSTALL: ClassVar = f"torch==2.13.0 transformers==5.23.0 {guidance.INSTALL}"
     LACKS: ClassVar = frozenset[str]()
     SPECULATES: ClassVar = frozenset[str]()
     SPECIAL_IN_GRAMMAR: ClassVar = False

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class Blocks:
-    """A pool of `count` blocks of `size` tokens. What no sequence holds any more is overwritten last used first forgotten."""
+    """A pool of `count` blocks of `size` tokens. Of what no sequence holds any more the one left longest ago is overwritten first."""
 
     def __init__(self, count: int, size: int):
         self.count, self.size = count, size

@@ -36,8 +36,8 @@ class Slot:
     indexed: int = 0  # tokens of the sequence that `grams` knows
     left: int = 0  # tokens that may still be sampled
     begun: bool = False  # of its prompt something has been read
-    fresh: bool = False  # it found nothing in the cache when it started, and has not looked again
-    late: int = 0  # tokens that were found when it did
+    told: int = 0  # tokens of its prompt that were found in the cache when it started
+    late: int = 0  # and those beyond them, when it began
     passed: int = 0  # prompts that came later and began before it had been read
 
     @property
@@ -57,7 +57,7 @@ class Slot:
 
     def yield_cells(self) -> None:
         """Give its cells back, to be decoded anew when there is room: what was sampled, and the sampler, stay."""
-        self.todo, self.kv, self.fresh = self.kv + self.todo, [], False
+        self.todo, self.kv = self.kv + self.todo, []
         if self.scores:  # of a prompt that is being scored, from its first token
             self.scores = [Scored(None)]
 
@@ -129,19 +129,19 @@ class Slots:
         """The raw logits of a row, counted over all pieces' outputs: float32 (vocabulary), until the next batch."""
         raise NotImplementedError
 
-    # A sequence starts in the free slot whose KV cache shares the longest beginning with its prompt.
+    # The life of a sequence.
 
     def start(self, ids: list[int], sampling: Sampling) -> tuple[int, int | None]:
         guidance = self.guides.start(sampling.grammar) if sampling.grammar and self.guides else None
+        sampler = Sampler(self.weights, self.eos, ids, sampling)  # what may fail comes before a slot is taken
         # The last token is always decoded: its logits are what we are after. A scored prompt needs those of all.
-        sampler = Sampler(self.weights, self.eos, ids, sampling)
         slot, common = self.find(ids, 0 if sampling.scores_prompt else len(ids) - 1)
         slot.kv, slot.todo, slot.guidance = ids[:common], ids[common:], guidance
         slot.sampler, slot.sampling = sampler, sampling
         slot.scores = [Scored(None)] if sampling.scores_prompt else []  # nothing predicts the first token
         slot.used, slot.left = next(self.clock), sampling.max_tokens or 1
         slot.drafts, slot.grams, slot.indexed = [], {}, self.ngram
-        slot.begun, slot.fresh, slot.late, slot.passed = False, not common, 0, 0
+        slot.begun, slot.told, slot.late, slot.passed = False, common, 0, 0
         return slot.seq, common
 
     def step(self) -> list[Step]:
@@ -222,7 +222,7 @@ class Slots:
             if not ids:
                 break
             if not slot.begun:
-                slot.begun = True
+                slot.begun, slot.late = True, max(0, len(slot.kv) - slot.told)
                 for one in prefilling:
                     one.passed += one.used < slot.used and not one.decodes
             last = len(slot.todo) == len(ids)
@@ -239,14 +239,13 @@ class Slots:
 
     def left_by(self, slot: Slot, free: int) -> int:
         """Of so many free cells, those that are left when all of its prompt is there: below 0 it has to wait."""
-        fresh, before = slot.fresh, self.free_cells()
+        before = self.free_cells()
         looks = not (slot.kv or slot.scores)
         if looks:
             self.look_again(slot)
         left = free - (before - self.free_cells()) - self.need(slot, len(slot.todo))
         if left < 0 and looks and slot.kv:  # what it found is free for others while it waits
             self.forget(slot)
-            slot.fresh, slot.late = fresh, 0
         return left
 
     def in_turn(self, slots: Iterable[Slot]) -> list[Slot]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from soak import Soak, children, resident_mb
 
+# The honest stream comes from another address than the attack.
 HONEST = {"Content-Type": "application/json", "X-Forwarded-For": "10.0.0.7"}
 HELLO = [{"role": "user", "content": "Hello"}]
 MB = 1 << 20
@@ -35,9 +36,7 @@ class Siege:
     """A server, one honest stream, a watch over /health, and an attack."""
 
     def __init__(self, flags: list[str]):
-        self.soak = Soak(
-            [*flags, "--trusted-proxy", "127.0.0.1"]
-        )  # the honest stream comes from another address than the attack
+        self.soak = Soak([*flags, "--trusted-proxy", "127.0.0.1"])
         self.port = self.soak.port
         self.over, self.under_attack = threading.Event(), threading.Event()
         self.times: list[float] = []  # when the honest stream got something

@@ -393,7 +393,8 @@ def test_one_that_has_left_is_not_taken_for_one_that_waits(scripted):
     until(lambda: scripted.models.running() == 1)
     sock.close()
     idle(scripted)
-    assert 0 < cancelled_at(scripted.calls(), 1) < 1500
+    until(lambda: cancelled_at(scripted.calls(), 1))  # the engine may hear of it after the server forgot it
+    assert cancelled_at(scripted.calls(), 1) < 1500
 
 
 # ── web pages ──
