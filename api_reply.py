@@ -387,7 +387,10 @@ def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:
         yield events[0]
         return
     merged: dict[int, list[Delta]] = {}
+    errors = [event for event in events if isinstance(event, Exception)]  # what came before them is told before them
     for event in events:
+        if isinstance(event, Exception):
+            continue
         if not isinstance(event, Delta):
             yield event
             continue
@@ -401,6 +404,7 @@ def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:
             run.append(event)
     for run in merged.values():
         yield from run
+    yield from errors
 
 
 def piece_json(piece: bytes) -> str | list[int]:

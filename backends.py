@@ -18,11 +18,13 @@ import itertools
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import guidance
@@ -68,6 +70,18 @@ from pace import Pace
 from slots import Piece, Slot, Slots, no_token_left
 
 # ─────────────────────────────────────────────────── OpenVINO GenAI ──────────────────────────────────────────────
+
+
+UNFINISHED = "unfinished-"  # so a folder's name begins while it is being made
+UNFINISHED_S, UNUSED_S = 86_400, 90 * 86_400
+
+
+def tidy(folder: Path) -> None:
+    """Folders that a killed process has left unfinished, and those that nobody has used for months, go."""
+    for entry in os.scandir(folder):
+        age = time.time() - entry.stat().st_mtime
+        if age > (UNFINISHED_S if entry.name.startswith(UNFINISHED) else UNUSED_S):
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 class OpenVino(Slots, OpenVinoModel):
@@ -146,13 +160,16 @@ class OpenVino(Slots, OpenVinoModel):
         keeps = "no_model_cache" not in dict(spec.flags)
         kept = cache_folder() / "openvino" / f"{file_mark(spec.path)}-{self.library.replace(' ', '-')}"
         if keeps and kept.is_dir():
+            with contextlib.suppress(OSError):
+                os.utime(kept)  # in use
             yield str(kept)
             return
         place = None
         with contextlib.suppress(OSError):  # not our folder: where temporary files are
             kept.parent.mkdir(parents=True, exist_ok=True)
+            tidy(kept.parent)
             place = kept.parent if os.access(kept.parent, os.W_OK) else None
-        with tempfile.TemporaryDirectory(dir=place) as made:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=place) as made:
             folder = self.convert(spec.path, os.path.join(made, "whole"))
             if keeps:
                 folder = self.keep_ir(folder, str(kept))
@@ -263,27 +280,8 @@ class OpenVino(Slots, OpenVinoModel):
             self.blocks.fill(slot.table, slot.kv, position, position + len(ids) - len(slot.drafts))
 
     def compute(self, pieces: list[Piece]) -> None:
-        numpy, size = self.numpy, self.blocks.size
-        ends = [piece.position + len(piece.ids) for piece in pieces]
-        begins = [0, *itertools.accumulate(len(piece.ids) for piece in pieces)]
         self.take_blocks(pieces)
-        tables = [piece.slot.table[: -(-end // size)] for piece, end in zip(pieces, ends, strict=True)]
-        longs, shorts = numpy.int64, numpy.int32
-        given = {
-            "input_ids": numpy.array([token for piece in pieces for token in piece.ids], longs),
-            "position_ids": numpy.concatenate(
-                [numpy.arange(p.position, e, dtype=longs) for p, e in zip(pieces, ends, strict=True)]
-            ),
-            "past_lens": numpy.array([piece.position for piece in pieces], shorts),
-            "subsequence_begins": numpy.array(begins, shorts),
-            "block_indices": numpy.array([block for table in tables for block in table], shorts),
-            "block_indices_begins": numpy.array([0, *itertools.accumulate(map(len, tables))], shorts),
-            "max_context_len": numpy.array(max(ends), shorts),
-            "rows": numpy.array(
-                [row for p, end in zip(pieces, begins[1:], strict=True) for row in range(end - p.outputs, end)], longs
-            ),
-        }
-        for name, value in given.items():
+        for name, value in self.described(pieces).items():
             kept = self.inputs.get(name)
             if kept is not None and kept.shape == value.shape:
                 kept[...] = value
@@ -291,10 +289,37 @@ class OpenVino(Slots, OpenVinoModel):
                 tensor = self.openvino.Tensor(value)
                 self.inputs[name] = tensor.data
                 self.request.set_tensor(name, tensor)
-        self.request.infer(share_outputs=True)  # else it copies the logits
-        logits = self.request.get_output_tensor(0).data  # (rows, 1, vocabulary), or without the middle
+        logits = self.request.infer(share_outputs=True).to_tuple()[0]  # (rows, 1, vocabulary), or without the middle
         self.rows = logits.reshape(-1, logits.shape[-1])[:, : self.vocabulary]
         self.fill_blocks(pieces)
+
+    def described(self, pieces: list[Piece]) -> dict[str, Any]:
+        """What paged attention asks for: a batch is one row of tokens, and where each sequence begins in it and in the cache."""
+        numpy, longs, shorts = self.numpy, self.numpy.int64, self.numpy.int32
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        blocks: list[int] = []
+        begins, block_begins, longest = [0], [0], 0
+        for slot, new, position, outputs in pieces:
+            end = position + len(new)
+            ids += new
+            positions += range(position, end)
+            rows += range(len(ids) - outputs, len(ids))
+            blocks += slot.table[: -(-end // self.blocks.size)]
+            begins.append(len(ids))
+            block_begins.append(len(blocks))
+            longest = max(longest, end)
+        return {
+            "input_ids": numpy.array(ids, longs),
+            "position_ids": numpy.array(positions, longs),
+            "past_lens": numpy.array([piece.position for piece in pieces], shorts),
+            "subsequence_begins": numpy.array(begins, shorts),
+            "block_indices": numpy.array(blocks, shorts),
+            "block_indices_begins": numpy.array(block_begins, shorts),
+            "max_context_len": numpy.array(longest, shorts),
+            "rows": numpy.array(rows, longs),
+        }
 
     def logits(self, row: int) -> Any:
         return self.rows[row]

@@ -7,7 +7,10 @@ everywhere a thread of the child's own waits for the end of a pipe that nobody e
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import importlib
 import logging
 import multiprocessing
 import os
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from types import ModuleType
@@ -31,25 +34,22 @@ _spawner: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
 
-class Child:
-    """A running process, and our end of its pipe."""
+class Process:
+    """A process that waits to be told what to run, and our ends of its pipes."""
 
-    def __init__(self, main: Callable[..., None], *arguments: Any):
-        """Runs main(connection, *arguments) in a process of its own. Raises OSError, RuntimeError."""
+    def __init__(self, *modules: str):
+        """It imports these while it waits. Raises OSError, RuntimeError."""
         global _spawner
         with _lock:
             _spawner = _spawner or ThreadPoolExecutor(1, "spawner")
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
         watched, self.lifeline = context.Pipe(duplex=False)
-        form = next((handler.formatter for handler in logging.getLogger().handlers), None)
-        look = (logging.getLogger("openai_api_endpoint").getEffectiveLevel(), form if isinstance(form, logs.FORMS) else None)
-        self.process = context.Process(target=begin, args=(os.getpid(), look, watched, main, theirs, *arguments), daemon=True)
+        self.process = context.Process(target=begin, args=(os.getpid(), watched, theirs, modules), daemon=True)
         try:
             _spawner.submit(start_by_itself, self.process).result()
         except BaseException:
-            self.conn.close()
-            self.lifeline.close()
+            self.close()
             raise
         finally:
             theirs.close()  # ours is the only other end now: its death is our EOF
@@ -65,6 +65,55 @@ class Child:
         self.lifeline.close()
 
 
+class Child(Process):
+    """A running process."""
+
+    def __init__(self, main: Callable[..., None], *arguments: Any):
+        """Runs main(connection, *arguments) in a process of its own. Raises OSError, RuntimeError."""
+        form = next((handler.formatter for handler in logging.getLogger().handlers), None)
+        look = (logging.getLogger("openai_api_endpoint").getEffectiveLevel(), form if isinstance(form, logs.FORMS) else None)
+        if not self.take_over((look, main, arguments)):
+            super().__init__()
+            self.conn.send((look, main, arguments))
+
+    def take_over(self, work: tuple[Any, ...]) -> bool:
+        """Give it to the process that was begun ahead, if there is one and it lives."""
+        spare = take_spare()
+        if spare is None:
+            return False
+        try:
+            spare.conn.send(work)
+        except OSError:  # it has died
+            spare.close()
+            return False
+        self.conn, self.lifeline, self.process = spare.conn, spare.lifeline, spare.process
+        return True
+
+
+_spare: Process | None = None
+
+
+def begin_ahead(*modules: str) -> None:
+    """Start the process of the first Child now: it imports what it will need while we import what we need."""
+    global _spare
+    _spare = Process(*modules)
+    atexit.register(end_spare)
+
+
+def take_spare() -> Process | None:
+    global _spare
+    with _lock:
+        spare, _spare = _spare, None
+    return spare
+
+
+def end_spare() -> None:
+    """Nobody will need what was begun ahead."""
+    if spare := take_spare():
+        spare.kill()
+        spare.close()
+
+
 def start_by_itself(process: Any) -> None:
     """Without the program that we are, which a child would import first: what it runs it imports by name, in half the time."""
     program, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -74,18 +123,18 @@ def start_by_itself(process: Any) -> None:
         sys.modules["__main__"] = program
 
 
-def begin(
-    server: int,
-    look: tuple[int, logging.Formatter | None],
-    lifeline: Connection,
-    main: Callable[..., None],
-    conn: Connection,
-    *arguments: Any,
-) -> None:
-    """The first thing that a child does."""
+def begin(server: int, lifeline: Connection, conn: Connection, modules: Iterable[str]) -> None:
+    """What a child does: it gets ready, waits for its work, and does it."""
     end_with(server, lifeline)
     for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group; the server ends us in its own order
         signal.signal(number, signal.SIG_IGN)
+    for name in modules:
+        with contextlib.suppress(ImportError):  # whoever needs it says so
+            importlib.import_module(name)
+    try:
+        look, main, arguments = conn.recv()
+    except (EOFError, OSError):
+        return  # nothing came of it
     logs.start_like(*look)
     main(conn, *arguments)
 

@@ -642,7 +642,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.status = status
         if self.unread != 0 and (self.unread is None or self.unread > SKIPPED or self.expects()):
             self.close_connection = True  # nobody will read the body, and what comes after it
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {formatdate(usegmt=True)}"]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}"]
         for name, value in (*self.common_headers(), *self.extra, *headers):
             lines.append(f"{name}: {value if value.isprintable() else re.sub('[^ -~]', ' ', value)}")
         if self.close_connection:
@@ -750,6 +750,12 @@ class PeerWatch:
                 self.remove(number)
                 connection.left = True
                 tell()
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """RFC 9110, section 5.6.7. To format it takes a thirtieth of a request."""
+    return formatdate(second, usegmt=True)
 
 
 def tls_context(certfile: str, keyfile: str = "") -> ssl.SSLContext:

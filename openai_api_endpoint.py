@@ -16,11 +16,17 @@ rendered in `Handler.fail`. The first delta decides the status line: until then 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # an engine's process takes as long to import its modules as this one: both do it now
+    import children
+
+    children.begin_ahead("backends", "numpy")
+
 import argparse
 import contextlib
 import difflib
 import functools
 import hashlib
+import logging
 import os
 import random
 import re
@@ -37,6 +43,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import children
 import logs
 import memory
 import messages_api
@@ -186,7 +193,7 @@ class Handler(Connection):
     def note(self) -> None:
         if self.server.metrics:
             self.server.metrics.answered(self.command, self.matched, self.status)
-        if self.command == "GET" and self.status < 400:
+        if (self.command == "GET" and self.status < 400) or not log.isEnabledFor(logging.INFO):
             return
         told = {
             "method": self.command, "path": self.path[:200], "status": self.status, "client": self.identity,
@@ -792,7 +799,7 @@ class Dialects(Routes):
             raise ApiError(400, "'background' is only allowed where the response is stored.", "background")
         past, before = [], values.get("previous_response_id")
         if before is not None:
-            if self.server.running.under_way(before):
+            if state and state.is_open(self.owner(), before) and self.server.running.under_way(before):
                 raise ApiError(
                     400, "'previous_response_id': that response is still being made.", "previous_response_id", "not_finished"
                 )
@@ -1366,6 +1373,7 @@ class Service:
             signal.signal(signal.SIGHUP, self.reload)
         log.info("listening on %s", self.args.uds or f"port {self.server.server_port}")
         self.models.preload(["none"] if self.args.preload == "none" else model_init.preloaded(self.args))
+        children.end_spare()
         if not self.models.lives:
             self.greet_catalog()
         self.server.serve_forever()

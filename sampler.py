@@ -61,15 +61,13 @@ class Sampler:
     def choose(self, logits: Any, allowed: Any = None) -> int | None:
         """The next token; None: bans leave none. logits: float32 (vocabulary), raw; allowed: bool (vocabulary). See `accept`."""
         numpy, s, all_ = self.weights.numpy, self.sampling, self.weights.all
-        if not s.temperature and allowed is None and not self.changes:
-            return int(logits.argmax())
-        self.adjust(logits, allowed)
-        best = int(all_.argmax())
-        if all_[best] == -math.inf:
+        values = logits if allowed is None and not self.changes else self.adjusted(logits, allowed)
+        best = int(values.argmax())
+        if values[best] == -math.inf:
             return None
         if not s.temperature or s.top_k == 1 or s.min_p >= 1:  # of logits in 16 bits the greatest may be there twice
             return best
-        numpy.subtract(all_, all_[best], out=all_)
+        numpy.subtract(values, values[best], out=all_)
         numpy.divide(all_, max(s.temperature, COLDEST), out=all_)
         numpy.exp(all_, out=all_)
         if not s.top_k and (s.top_p is None or s.top_p >= 1) and not s.min_p:
@@ -85,8 +83,8 @@ class Sampler:
         """Whether the logits are not taken as they are."""
         return bool(self.muted or len(self.biased) or self.seen is not None or self.counts is not None)
 
-    def adjust(self, logits: Any, allowed: Any) -> None:
-        """Into the weights: logits with bans, biases and penalties."""
+    def adjusted(self, logits: Any, allowed: Any) -> Any:
+        """In the room for weights: logits with bans, biases and penalties."""
         numpy, s, all_ = self.weights.numpy, self.sampling, self.weights.all
         numpy.copyto(all_, logits)
         if len(self.biased):
@@ -100,6 +98,7 @@ class Sampler:
             all_ -= s.frequency_penalty * self.counts + s.presence_penalty * (self.counts > 0)
         if allowed is not None:
             all_[~allowed] = -math.inf
+        return all_
 
     def kept(self) -> Any:
         """Token ids that top_k, top_p and min_p leave, by the weights, of which the greatest is 1."""

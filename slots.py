@@ -167,6 +167,9 @@ class Slots:
         First go prompts that are kept for reuse, the oldest first; then the youngest sequence yields, of those that are answered the last of
         all. The oldest never does.
         """
+        waiting = (self.need(slot, len(slot.todo)) for slot in self.ring if slot.sampler is not None and not slot.decodes)
+        if self.free_cells() >= self.growth() + max(waiting, default=0):
+            return
         kept = sorted((slot for slot in self.ring if slot.sampler is None and slot.kv), key=lambda s: s.used)
         busy = self.in_turn(slot for slot in self.ring if slot.sampler is not None)
         next_prompt = next((self.need(slot, len(slot.todo)) for slot in busy if not slot.decodes), 0)
@@ -293,12 +296,10 @@ class Slots:
         assert slot.sampler
         scores: list[Scored] = []
         try:
-            token, refused = self.choose(slot, self.logits(row)), no_token_left()
-        except Refused as error:  # llguidance has limits
-            token, refused = None, error
-        if token is None:
+            token = self.choose(slot, self.logits(row))
+        except Refused as error:  # llguidance has limits, and bans may leave nothing
             slot.todo = [self.bos]  # never decoded: the choice ends here
-            return Step(slot.seq, (), error=refused)
+            return Step(slot.seq, (), error=error)
         slot.sampler.accept(token)
         wanted = slot.sampling.logprobs
         if wanted is not None:
@@ -317,19 +318,19 @@ class Slots:
             top = sorted(((int(i), float(logits[i]) - shift) for i in ids), key=lambda pair: (-pair[1], pair[0]))
         return Scored(float(logits[token]) - shift, top)
 
-    def choose(self, slot: Slot, logits: Any) -> int | None:
-        """Sample freely, and only when the grammar forbids that token, among those that it allows; None: bans leave none.
+    def choose(self, slot: Slot, logits: Any) -> int:
+        """Sample freely, and only when the grammar forbids that token, among those that it allows. Raises Refused where bans leave none.
 
         To ask the grammar about one token costs microseconds, about the whole vocabulary more. With P
         the probability of all that is allowed, a token comes with p + (1 - P) * p / P = p / P: the distribution is the same.
         """
         assert slot.sampler
         token = slot.sampler.choose(logits)
-        if not slot.guidance:
-            return token
-        if token is None or not slot.guidance.allows(token):
+        if slot.guidance and (token is None or not slot.guidance.allows(token)):
             token = slot.sampler.choose(logits, slot.guidance.allowed())
-        if token is not None:
+        if token is None:
+            raise no_token_left()
+        if slot.guidance:
             slot.guidance.accept(token)
         return token
 

@@ -123,6 +123,11 @@ class State:
         row = self.row(owner, id, "head, output")
         return {**json.loads(row[0]), "output": json.loads(row[1])} if row else None
 
+    def is_open(self, owner: str, id: str) -> bool:
+        """Is it still being made?"""
+        row = self.row(owner, id, "open")
+        return bool(row and row[0])
+
     def given(self, owner: str, id: str) -> list[Json] | None:
         """The items that were given to a response."""
         row = self.row(owner, id, "input")

@@ -22,12 +22,25 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from engine import UPSTREAMS, Delta, EngineFailed, EngineInfo, EngineSpec, Prompt, Refused, Sampling, Started, TokenLogprob, log
+from engine import (
+    UPSTREAMS,
+    Delta,
+    EngineFailed,
+    EngineInfo,
+    EngineSpec,
+    Event,
+    Prompt,
+    Refused,
+    Sampling,
+    Started,
+    TokenLogprob,
+    log,
+)
 from engine import Answer as Answered
 from engine_handle import DEFAULT_TIMEOUTS, Job, Jobs, Timeouts
 from grammar import ebnf_grammar
@@ -212,9 +225,9 @@ class Upstream(Jobs):
             said = reply.read(CALL_MAX + 1)
             if len(said) > CALL_MAX:
                 raise UpstreamFailed("its answer is too long")
-            job.put(Answered(answer(json.loads(said))))
+            told = Answered(answer(json.loads(said)))
             keep = reply.isclosed() and not reply.will_close
-            self.end(job, kept=connection if keep else None)
+            self.end(job, kept=connection if keep else None, last=[told])
             if not keep:
                 connection.close()
 
@@ -347,10 +360,22 @@ class Upstream(Jobs):
         """What went wrong, as clients may read it."""
         return str(error).replace(self.place, "it").replace(self.host, "it")
 
-    def end(self, job: UpstreamJob, error: Exception | None = None, kept: http.client.HTTPConnection | None = None) -> None:
-        """Of a job, once, whatever it ends by. `kept`: a connection that can be used again."""
+    def end(
+        self,
+        job: UpstreamJob,
+        error: Exception | None = None,
+        kept: http.client.HTTPConnection | None = None,
+        last: Iterable[Event] = (),
+    ) -> None:
+        """Of a job, once, whatever it ends by. `kept`: a connection that can be used again; `last`: what the job is still told."""
         if job.running:
             self.slots.leave(job)
+        with self.lock:  # first: whoever has been told all drops the job, which would hang up
+            self.jobs.pop(job.number, None)
+            if kept:
+                self.idle.append(kept)
+        for event in last:
+            job.put(event)
         if isinstance(error, (Refused, EngineFailed)):
             job.put(error)
         elif isinstance(error, ConnectionRefusedError):
@@ -359,10 +384,6 @@ class Upstream(Jobs):
             if not job.dropped:
                 log.info("upstream: %s: %s", type(error).__name__, error)
             job.put(UpstreamFailed(f"it broke off: {self.placeless(error)[:200] or type(error).__name__}"))
-        with self.lock:
-            self.jobs.pop(job.number, None)
-            if kept:
-                self.idle.append(kept)
 
     def send(self, job: UpstreamJob, path: str, data: bytes) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """A kept connection may have been closed meanwhile: then, and only then, a new one is tried."""
@@ -660,18 +681,19 @@ class Reply:
 
     def finish(self) -> None:
         again = self.error is None and self.body.ended and not self.reply.will_close
+        last: list[Event] = []
         try:
             if self.error is None:
                 if not self.events.done:
                     raise UpstreamFailed("it ended without [DONE]")
-                self.answer.end()
+                last = [*self.answer.end()]
         except Exception as error:
             self.error = error
         with contextlib.suppress(OSError):
             self.reply.close()
             if not again:
                 self.connection.close()
-        self.end(self.answer.job, self.error, self.connection if again else None)
+        self.end(self.answer.job, self.error, self.connection if again else None, last)
 
 
 class Reader:
@@ -744,21 +766,21 @@ class Answer:
             self.choice(choice)
         self.usage = chunk.get("usage") or self.usage
 
-    def end(self) -> None:
+    def end(self) -> Iterator[Event]:
         if len(self.finish) < self.job.open:
             raise UpstreamFailed("it ended before the answer had")
         usage = self.usage
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         now = time.monotonic()
-        self.job.put(Started(int(usage.get("prompt_tokens") or 0), cached, now))
+        yield Started(int(usage.get("prompt_tokens") or 0), cached, now)
         # Where the upstream counts nothing, a piece is a token, as near as it gets.
         tokens = int(usage.get("completion_tokens", self.pieces)) if self.sampling.max_tokens != 0 else 0  # vLLM counts one
         thought = int((usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
         if thought and self.finish:
-            self.job.put(Delta(next(iter(self.finish)), "", min(thought, tokens), None, (), now, "reasoning"))
+            yield Delta(next(iter(self.finish)), "", min(thought, tokens), None, (), now, "reasoning")
             tokens -= min(thought, tokens)
         for index, finish in self.finish.items():
-            self.job.put(Delta(index, "", tokens, finish, (), now, stop=self.stops.get(index, "")))
+            yield Delta(index, "", tokens, finish, (), now, stop=self.stops.get(index, ""))
             tokens = 0
 
     def choice(self, choice: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def download_sdist(requirement, folder):
     return archive
 
 
-def until(condition, timeout=60):
+def until(condition, timeout=180):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it did not come about"

@@ -1,9 +1,11 @@
 """One contract for every engine, on the real demo model. Greedy text depends on the batch, so what is compared is structure."""
 
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -297,6 +299,15 @@ def test_openvino_keeps_what_it_has_converted(tmp_path, demo, monkeypatch):
     (kept / "openvino_model.xml").write_text("broken")  # so it is this that is read
     with serve_one(demo, spec, ready=False) as served:
         until(lambda: served.models.last_error)
+
+
+def test_what_a_killed_conversion_left_goes(tmp_path):
+    ages = {"unfinished-new": 3600, "unfinished-old": 2 * 86400, "kept": 2 * 86400, "forgotten": 91 * 86400}
+    for name, age in ages.items():
+        (tmp_path / name / "whole").mkdir(parents=True)
+        os.utime(tmp_path / name, (0, time.time() - age))
+    backends.tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished-new", "kept"}
 
 
 @pytest.mark.parametrize(

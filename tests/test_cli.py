@@ -206,10 +206,10 @@ def command(demo):
 def alive(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    with open(f"/proc/{pid}/stat") as f:
-        return f.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def ask(url, **fields):
@@ -277,11 +277,12 @@ def health(port):
 
 def test_grace_is_limited_and_a_second_signal_is_at_once(command):
     server = command("--grace", "60")
-    reply = ask(server.url, stream=True, max_tokens=3000, temperature=1.5)
+    reply = ask(server.url, stream=True, max_tokens=3000, temperature=1.5, ignore_eos=True)
     reply.readline()
     engines = server.engines()
     assert engines
     server.process.send_signal(signal.SIGINT)
+    until(lambda: "stopping" in server.log())
     time.sleep(0.5)
     assert server.process.poll() is None
     server.process.send_signal(signal.SIGINT)

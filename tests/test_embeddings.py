@@ -421,7 +421,7 @@ def test_generation_goes_on_between_batches(tmp_path):
     """Real engine process, scripted backend: between any two batches of a long call there is a step for the others."""
     model = find_model_stub(tmp_path)
     with serve_one(model, EngineSpec("scripted:Embedding", str(tmp_path), 2, embeddings=True), folder=tmp_path) as served:
-        answer = threading.Thread(target=served.chat, args=("forever",), kwargs={"max_tokens": 400})
+        answer = threading.Thread(target=served.chat, args=("forever",), kwargs={"max_tokens": 1900})
         answer.start()
         until(lambda: "step" in served.calls())
         assert len(vectors(served, ["x"] * 100)) == 100

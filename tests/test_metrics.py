@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_what_runs_and_waits(counting):
     both = {"requests_running": 1, "requests_waiting": 1}
     until(lambda: {name: read(counting)(name, model="scripted") for name in both} == both)
     assert read(counting)("slots", model="scripted") == 1
+    until(lambda: len(counting.server.metrics.live) == 2)
+    time.sleep(0.05)
     counting.script("hold", on=False)
     for thread in threads:
         thread.join()

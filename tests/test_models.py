@@ -410,7 +410,7 @@ def test_several_in_memory_and_the_least_used_leaves(tmp_path):
 
 
 def test_idle_models_are_unloaded(tmp_path):
-    with serve_many(tmp_path, "ab", idle_unload=0.2, load_wait=60) as served:
+    with serve_many(tmp_path, "ab", idle_unload=1, load_wait=60) as served:
         pid = ask(served, "a") and served.models.lives["a"].engine.process.pid
         until(lambda: statuses(served)["a"] == "unloaded")
         assert not Path(f"/proc/{pid}").exists()  # and with the process goes all that it held
@@ -449,8 +449,8 @@ def test_a_switch_that_goes_wrong_on_both_sides(tmp_path):
         busy = in_background(lambda: ask(served, "a", "echo x"))
         until(lambda: served.models.running() == 1)
         assert ask(served, "b")[0] == 202
-        (served.at["a"] / "hold").unlink()
         served.models.lives["a"].engine.process.kill()
+        (served.at["a"] / "hold").unlink()
         busy[0].join()
         until(lambda: statuses(served) == {"a": "loaded", "b": "failed"})
         assert ask(served, "a")[0] == 200
@@ -528,6 +528,12 @@ def test_operators_routes(tmp_path):
             assert served.request("POST", "/v1/models/unload", {"model": "b"}, headers)[0] == status
 
 
+def sent(served, jobs):
+    """So many jobs, and each has been sent to the engine."""
+    engine = served.models.engine
+    return len(engine.jobs) == jobs and all(job.posted for job in list(engine.jobs.values())) and not engine.outbox.messages
+
+
 def test_one_clients_many_do_not_starve_anothers_one(tmp_path):
     with serve_many(tmp_path, "a", slots=2, queue=40) as served:
         (served.at["a"] / "hold").touch()
@@ -536,7 +542,8 @@ def test_one_clients_many_do_not_starve_anothers_one(tmp_path):
         many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers=from_client(1)) for i in range(30)])
         until(lambda: served.models.running() == 31)
         few = in_background(lambda: ask(served, "a", "echo few", headers=from_client(2)))
-        until(lambda: served.models.running() == 32)
+        until(lambda: sent(served, 32))
+        time.sleep(0.1)
         (served.at["a"] / "hold").unlink()
         for thread in loaded_first + many + few:
             thread.join()
@@ -552,7 +559,8 @@ def test_with_one_slot_clients_take_turns(tmp_path):
         many = in_background(*[lambda i=i: ask(served, "a", f"echo many{i}", headers=from_client(1)) for i in range(20)])
         until(lambda: served.models.running() == 20)
         few = in_background(lambda: ask(served, "a", "echo few", headers=from_client(2)))
-        until(lambda: served.models.running() == 21)
+        until(lambda: sent(served, 21))
+        time.sleep(0.1)
         (served.at["a"] / "hold").unlink()
         for thread in many + few:
             thread.join()
@@ -661,11 +669,14 @@ def test_switching_under_load(tmp_path):
     end = time.monotonic() + float(os.environ.get("SOAK_S", 6))
     seen, waited = {"a": [], "b": []}, []
 
+    def few():
+        return min(told.count(200) for told in seen.values()) <= 16
+
     def client(served, model, number):
         key = from_client(ord(model) + number)
-        while time.monotonic() < end:
+        while time.monotonic() < end or (few() and time.monotonic() < end + 60):
             begun = time.monotonic()
-            while (status := ask(served, model, "echo some more text", headers=key)[0]) != 200 and time.monotonic() < end + 20:
+            while (status := ask(served, model, "echo some more text", headers=key)[0]) != 200 and time.monotonic() < end + 60:
                 seen[model].append(status)
                 time.sleep(0.1)
             seen[model].append(status)
@@ -676,7 +687,7 @@ def test_switching_under_load(tmp_path):
         for thread in threads:
             thread.join()
         assert {*seen["a"], *seen["b"]} <= {200, 202, 409, 429}, {*seen["a"], *seen["b"]}
-        assert seen["a"].count(200) > 16 and seen["b"].count(200) > 16
+        assert not few()
         print(json.dumps({m: {s: seen[m].count(s) for s in {*seen[m]}} for m in seen}), "longest wait", max(waited))
         until(lambda: served.models.queue_depth() == 0)
 
@@ -727,8 +738,9 @@ def test_two_thousand_clients_that_leave(tmp_path):
         lines = [line for model in "ab" for line in (served.at[model] / "log").read_text().splitlines()]
         started = sum(line.startswith("start") for line in lines)
         assert started > 20 and started == sum(line.startswith("cancel") for line in lines)  # every slot is free again
-        gc.collect()  # processes that have ended keep a file number until they are collected
-        until(lambda: threads_alive() <= before_threads and len(os.listdir("/proc/self/fd")) <= before_files)
+        until(  # processes that have ended keep a file number until they are collected
+            lambda: gc.collect() >= 0 and threads_alive() <= before_threads and len(os.listdir("/proc/self/fd")) <= before_files
+        )
 
 
 # ── profiles ──
@@ -823,6 +835,7 @@ def test_llm_serves_error_codes(tmp_path):
         loaded(served, "a")
         served.server.request_timeout = 0.3
         assert served.chat("forever")[0] == 504
+        served.server.request_timeout = 60
         (served.at["a"] / "hold").touch()
         busy = in_background(*[lambda i=i: ask(served, "a", headers=from_client(1)) for i in range(2)])
         until(lambda: served.models.running() == 2)

@@ -175,8 +175,10 @@ def test_a_script_that_the_model_says_stays_text(tab):
 def test_stop(tab):
     tab.ask("forever")
     tab.until(lambda: "xx" in tab.text(".turn.assistant .md"))
+    tab.served.script("hold")
     tab.click("#stop")
     assert set(tab.answered()) == {"x"} and "stopped" in tab.text(".turn.assistant .figures")
+    tab.served.script("hold", on=False)
     tab.until(lambda: any(line.startswith("cancel 1 ") for line in tab.served.calls()))  # the engine is free again
     tab.ask("forever")
     tab.until(lambda: tab.js("running"))

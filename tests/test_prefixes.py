@@ -2,7 +2,7 @@
 
 from array import array
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixes import Prefixes, common
@@ -14,6 +14,7 @@ def ids(*values):
     return array("i", values)
 
 
+@settings(deadline=None)
 @given(IDS, IDS)
 def test_common_is_the_longest_common_beginning(a, b):
     longest = max(n for n in range(min(len(a), len(b)) + 1) if a[:n] == b[:n])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import openai
@@ -19,6 +20,7 @@ from api_errors import ApiError, rename
 from api_reply import CHAT_SHAPE, Choice, Completion
 from api_request import read_fields
 from engine import Delta, Started
+from engine_handle import Job
 from responses_api import RESPONSES, Answer, Turn, page, seal
 from state import State
 
@@ -623,6 +625,24 @@ def test_background(scripted):
     assert (done["output"][0]["content"][0]["text"], done["usage"]["output_tokens"]) == ("hé", 4)
     assert scripted.request("POST", "/v1/responses", asked)[0] == 200
     assert scripted.request("POST", f"/v1/responses/{body['id']}/cancel", {})[1]["status"] == "completed"
+
+
+def test_what_is_told_to_be_made_can_be_gone_on_from(scripted, monkeypatch):
+    """Its thread may have more to do."""
+    may_end, cancel = threading.Event(), Job.cancel
+
+    def late(job):
+        if threading.current_thread().name.startswith("background"):
+            may_end.wait(60)
+        cancel(job)
+
+    monkeypatch.setattr(Job, "cancel", late)
+    id = scripted.request("POST", "/v1/responses", {"input": "echo x", "background": True})[1]["id"]
+    until(lambda: status_of(scripted, id) == "completed")
+    assert scripted.server.running.under_way(id)
+    assert scripted.request("POST", "/v1/responses", {"input": "echo y", "previous_response_id": id})[0] == 200
+    may_end.set()
+    until(lambda: not scripted.server.running.under_way(id))
 
 
 def test_a_stream_is_found_again(scripted):

@@ -100,8 +100,8 @@ def test_penalties():
     sampler.accept(3)
     assert sampler.choose(logits) == 4
     sampler = Sampler(weights, [0], [9], Sampling(temperature=1.0, repetition_penalty=2.0))
-    sampler.adjust(logits, None)
-    assert (weights.all[9], weights.all[10]) == (-4.0, -2.0)
+    adjusted = sampler.adjusted(logits, None)
+    assert (adjusted[9], adjusted[10]) == (-4.0, -2.0)
 
 
 def test_the_same_seed_draws_the_same():

@@ -213,12 +213,12 @@ def test_a_body_has_a_least_rate(tmp_path, head):
 
 
 def test_a_body_that_keeps_the_rate_may_take_its_time(tmp_path):
-    with serve_scripted(tmp_path, limits=HttpLimits(header_s=0.5, body_rate=100)) as served:
+    with serve_scripted(tmp_path, limits=HttpLimits(header_s=1, body_rate=100)) as served:
         data = sized(body("echo ok") + b" " * 1000)
         sock = connect(served)
         for at in range(0, len(data), 100):
             sock.sendall(data[at : at + 100])
-            time.sleep(0.1)
+            time.sleep(0.2)
         assert statuses(sock.recv(65536)) == [200]
 
 
@@ -239,7 +239,7 @@ def test_a_header_has_a_deadline_in_all(tmp_path):
 
 
 def test_an_idle_connection_ends(tmp_path):
-    with serve_scripted(tmp_path, limits=HttpLimits(idle_s=0.3)) as served:
+    with serve_scripted(tmp_path, limits=HttpLimits(idle_s=1)) as served:
         silent, used = connect(served), connect(served, GET)
         assert until_closed(silent) == b""
         assert statuses(until_closed(used)) == [200]
@@ -314,7 +314,7 @@ def test_one_address_makes_room_for_itself(tmp_path):
         other.close()
         mine[2].close()
         settled(served, 1)
-        assert served.server.seats.of == {"127.0.0.1": 1}
+        until(lambda: served.server.seats.of == {"127.0.0.1": 1})
 
 
 def test_a_flood_of_connections_leaves_nothing_behind(tmp_path):
@@ -394,7 +394,7 @@ def test_one_that_has_left_is_not_taken_for_one_that_waits(scripted):
     sock.close()
     idle(scripted)
     until(lambda: cancelled_at(scripted.calls(), 1))  # the engine may hear of it after the server forgot it
-    assert cancelled_at(scripted.calls(), 1) < 1500
+    assert cancelled_at(scripted.calls(), 1) < 1900
 
 
 # ── web pages ──
@@ -663,7 +663,7 @@ def over_tls(served, cert, data=GET, **options):
 def test_tls(tmp_path):
     cert, key = certificate(tmp_path, "first")
     closing = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-    with serve_scripted(tmp_path, tls=http11.tls_context(cert, key), limits=HttpLimits(header_s=0.5)) as served:
+    with serve_scripted(tmp_path, tls=http11.tls_context(cert, key), limits=HttpLimits(header_s=2)) as served:
         name, version, out = over_tls(served, cert, GET + sized(body("echo over tls", stream=True), "Connection: close"))
         assert (name, version, statuses(out)) == ("first", "TLSv1.3", [200, 200]) and b"[DONE]" in out
         assert over_tls(served, cert, closing, maximum_version=ssl.TLSVersion.TLSv1_2)[1] == "TLSv1.2"

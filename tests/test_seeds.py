@@ -243,7 +243,7 @@ QWEN, LLAMA, THIRD, BROKEN = "Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8
 def llm_serve(start):
     names = [f"{name}/model.gguf" for name in (QWEN, LLAMA, THIRD, BROKEN)]
     server = start(
-        "llm-serve", names, "--default-model", QWEN, "--max-parallel", "1", "--max-queue", "1", "--request-timeout", "20"
+        "llm-serve", names, "--default-model", QWEN, "--max-parallel", "1", "--max-queue", "1", "--request-timeout", "120"
     )
     return server
 
@@ -305,7 +305,9 @@ def test_llm_serve_400(llm_serve):
 def test_llm_serve_queue(llm_serve):
     """One slot, one place in the queue: the third gets 429 before any header of a stream."""
     url = llm_serve.url
-    long = {"messages": user("Tell a very long story."), "max_tokens": 3000, "stream": True, "temperature": 1.5}
+    long = {
+        "messages": user("Tell a very long story."), "max_tokens": 3000, "stream": True, "temperature": 1.5, "ignore_eos": True,
+    }  # fmt: skip
     request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(long).encode())
     first = urllib.request.urlopen(request, timeout=60)
     first.readline()

@@ -19,9 +19,10 @@ from conftest import ROOT, serve_scripted, sse, until
 from scripted import Scripted
 from test_engine import Script, finish, finish_all, prompt, text
 
+import children
 import engine as engine_module
 from api_request import Constraint
-from children import Child, clock_seconds, family
+from children import Child, begin_ahead, clock_seconds, end_spare, family
 from engine import (
     Answer,
     Delta,
@@ -607,6 +608,51 @@ def test_a_child_ends_with_its_lifeline():
     assert not gone(pid)
     child.close()
     until(lambda: gone(pid))
+
+
+def say_what_is_imported(conn, *names):
+    conn.send([name in sys.modules for name in names])
+
+
+def test_a_process_may_begin_before_its_work_is_known():
+    begin_ahead("colorsys", "no_such_module")
+    ahead = children._spare.process
+    child = Child(say_what_is_imported, "colorsys", "tabnanny")
+    assert child.process is ahead and child.conn.recv() == [True, False]
+    child.kill()
+    child.close()
+    begin_ahead()
+    dead = children._spare
+    dead.kill()
+    child = Child(say_what_is_imported, "colorsys")
+    assert child.process is not dead.process and dead.conn.closed and child.conn.recv() == [False]
+    child.kill()
+    child.close()
+
+
+def test_a_process_that_nobody_needs_ends():
+    begin_ahead()
+    pid = children._spare.process.pid
+    end_spare()
+    assert gone(pid) and children._spare is None
+    end_spare()
+
+
+def group_gone(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("flags", [["--model-dir", "no-such-folder"], ["--help"]])
+def test_a_start_that_comes_to_nothing_leaves_no_process(flags):
+    code = [sys.executable, str(ROOT / "openai_api_endpoint.py"), *flags]
+    began = subprocess.Popen(code, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    said = began.communicate(timeout=60)[1]
+    assert began.returncode in (0, 2) and said.count("\n") == (began.returncode == 2), said
+    until(lambda: group_gone(began.pid))
 
 
 def test_the_thread_that_starts_an_engine_may_end(tmp_path):

@@ -157,3 +157,9 @@ def test_merge():
         Delta(1, "", 1, "stop"),
     ]
     assert list(merge(events)) == [Started(1, 0), Delta(0, "ab", 3, None, (one, two), 5.0), Delta(1, "x", 2, "stop")]
+
+
+def test_what_came_before_an_error_is_told_before_it():
+    error = EngineFailed("x")
+    events = [Started(1, 0), Delta(0, "a", 1), Delta(0, "b", 1), error]
+    assert list(merge(events)) == [Started(1, 0), Delta(0, "ab", 2), error]
