@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import glob
 import importlib
@@ -370,6 +371,7 @@ class LlamaCpp(Slots, LlamaModel):
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH_TOGETHER, 0, 1)
         self.rows: list[int] = []  # where in the batch each row of logits is
+        self.row = ctypes.c_float * self.vocabulary
         self.make_slots(spec)
 
     def make_guides(self) -> Guides:
@@ -444,7 +446,8 @@ class LlamaCpp(Slots, LlamaModel):
 
     def row_of(self, index: int) -> Any:
         """The raw logits at a batch index."""
-        return self.numpy.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.ctx, index), shape=(self.vocabulary,))
+        pointer = self.lib.llama_get_logits_ith(self.ctx, index)
+        return self.numpy.frombuffer(self.row.from_address(ctypes.addressof(pointer.contents)), self.numpy.float32)
 
     def make_embedder(self) -> Any:
         """A context of its own: pooling is a property of a context, and embeddings need no KV cache that lasts."""

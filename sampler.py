@@ -28,11 +28,15 @@ class Weights:
 
     def draw(self, roll: float) -> int:
         """By the weights, not all of them zero; `roll`: 0 to 1."""
-        sums = self.numpy.cumsum(self.blocks.sum(1), dtype=self.numpy.float64)
+        sums = self.sums(self.numpy.add.reduce(self.blocks, 1))
         value = roll * sums[-1]
         block = falls_on(sums, value)
-        inside = self.numpy.cumsum(self.blocks[block], dtype=self.numpy.float64)
+        inside = self.sums(self.blocks[block])
         return block * BLOCK + falls_on(inside, value - (sums[block - 1] if block else 0.0))
+
+    def sums(self, weights: Any) -> Any:
+        """Up to each, in float64. (cumsum with a dtype casts piece by piece, in ten times the time.)"""
+        return self.numpy.add.accumulate(weights.astype(self.numpy.float64))
 
 
 def falls_on(sums: Any, value: float) -> int:
@@ -75,7 +79,7 @@ class Sampler:
         kept = self.kept()
         if not len(kept):  # min_p so near 1, or top_p so near 0, that rounding leaves none
             return best
-        sums = numpy.cumsum(all_[kept], dtype=numpy.float64)
+        sums = self.weights.sums(all_[kept])
         return int(kept[falls_on(sums, self.dice.random() * sums[-1])])
 
     @property
@@ -123,7 +127,7 @@ class Sampler:
         some = weights > total * (1 - top_p) / len(weights)  # all the others together have less than 1 - top_p
         kept, weights = kept[some], weights[some]
         order = (-weights).argsort(kind="stable")
-        sums = numpy.cumsum(weights[order], dtype=numpy.float64)
+        sums = self.weights.sums(weights[order])
         return kept[order[: int(sums.searchsorted(top_p * total)) + 1]]
 
     def accept(self, token: int) -> None:
