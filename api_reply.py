@@ -387,10 +387,8 @@ def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:
         yield events[0]
         return
     merged: dict[int, list[Delta]] = {}
-    errors = [event for event in events if isinstance(event, Exception)]  # what came before them is told before them
-    for event in events:
-        if isinstance(event, Exception):
-            continue
+    end = next((at for at, event in enumerate(events) if isinstance(event, Exception)), len(events))
+    for event in events[:end]:
         if not isinstance(event, Delta):
             yield event
             continue
@@ -404,7 +402,7 @@ def merge(events: list[Event | Exception]) -> Iterator[Event | Exception]:
             run.append(event)
     for run in merged.values():
         yield from run
-    yield from errors
+    yield from events[end : end + 1]  # an error: what came before it is told before it, and what comes after it to nobody
 
 
 def piece_json(piece: bytes) -> str | list[int]:

@@ -80,9 +80,10 @@ UNFINISHED_S, UNUSED_S = 86_400, 90 * 86_400
 def tidy(folder: Path) -> None:
     """Folders that a killed process has left unfinished, and those that nobody has used for months, go."""
     for entry in os.scandir(folder):
-        age = time.time() - entry.stat().st_mtime
-        if age > (UNFINISHED_S if entry.name.startswith(UNFINISHED) else UNUSED_S):
-            shutil.rmtree(entry.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another was faster
+            age = time.time() - entry.stat().st_mtime
+            if age > (UNFINISHED_S if entry.name.startswith(UNFINISHED) else UNUSED_S):
+                shutil.rmtree(entry.path)
 
 
 class OpenVino(Slots, OpenVinoModel):
@@ -168,8 +169,8 @@ class OpenVino(Slots, OpenVinoModel):
         place = None
         with contextlib.suppress(OSError):  # not our folder: where temporary files are
             kept.parent.mkdir(parents=True, exist_ok=True)
-            tidy(kept.parent)
             place = kept.parent if os.access(kept.parent, os.W_OK) else None
+            tidy(kept.parent)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=place) as made:
             folder = self.convert(spec.path, os.path.join(made, "whole"))
             if keeps:

@@ -14,6 +14,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -74,7 +75,8 @@ class Child(Process):
         look = (logging.getLogger("openai_api_endpoint").getEffectiveLevel(), form if isinstance(form, logs.FORMS) else None)
         if not self.take_over((look, main, arguments)):
             super().__init__()
-            self.conn.send((look, main, arguments))
+            with contextlib.suppress(OSError):  # it has died: whoever reads finds that out
+                self.conn.send((look, main, arguments))
 
     def take_over(self, work: tuple[Any, ...]) -> bool:
         """Give it to the process that was begun ahead, if there is one and it lives."""
@@ -96,8 +98,9 @@ _spare: Process | None = None
 def begin_ahead(*modules: str) -> None:
     """Start the process of the first Child now: it imports what it will need while we import what we need."""
     global _spare
-    _spare = Process(*modules)
-    atexit.register(end_spare)
+    with contextlib.suppress(OSError, RuntimeError):  # whoever needs a process will say so
+        _spare = Process(*modules)
+        atexit.register(end_spare)
 
 
 def take_spare() -> Process | None:
@@ -129,12 +132,13 @@ def begin(server: int, lifeline: Connection, conn: Connection, modules: Iterable
     for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group; the server ends us in its own order
         signal.signal(number, signal.SIG_IGN)
     for name in modules:
-        with contextlib.suppress(ImportError):  # whoever needs it says so
+        with contextlib.suppress(Exception):  # whoever needs it says so
             importlib.import_module(name)
     try:
-        look, main, arguments = conn.recv()
+        work = conn.recv_bytes()
     except (EOFError, OSError):
         return  # nothing came of it
+    look, main, arguments = pickle.loads(work)
     logs.start_like(*look)
     main(conn, *arguments)
 

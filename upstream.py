@@ -371,9 +371,11 @@ class Upstream(Jobs):
         if job.running:
             self.slots.leave(job)
         with self.lock:  # first: whoever has been told all drops the job, which would hang up
-            self.jobs.pop(job.number, None)
-            if kept:
+            known = self.jobs.pop(job.number, None)
+            if kept and known:
                 self.idle.append(kept)
+        if kept and not known:  # it is being hung up
+            kept.close()
         for event in last:
             job.put(event)
         if isinstance(error, (Refused, EngineFailed)):

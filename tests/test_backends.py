@@ -306,8 +306,9 @@ def test_what_a_killed_conversion_left_goes(tmp_path):
     for name, age in ages.items():
         (tmp_path / name / "whole").mkdir(parents=True)
         os.utime(tmp_path / name, (0, time.time() - age))
+    (tmp_path / "gone").symlink_to("nowhere")
     backends.tidy(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"unfinished-new", "kept"}
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished-new", "kept", "gone"}
 
 
 @pytest.mark.parametrize(

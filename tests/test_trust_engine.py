@@ -614,8 +614,10 @@ def say_what_is_imported(conn, *names):
     conn.send([name in sys.modules for name in names])
 
 
-def test_a_process_may_begin_before_its_work_is_known():
-    begin_ahead("colorsys", "no_such_module")
+def test_a_process_may_begin_before_its_work_is_known(tmp_path, monkeypatch):
+    (tmp_path / "a_broken_module.py").write_text("raise RuntimeError('no such processor')")
+    monkeypatch.syspath_prepend(tmp_path)
+    begin_ahead("colorsys", "no_such_module", "a_broken_module")
     ahead = children._spare.process
     child = Child(say_what_is_imported, "colorsys", "tabnanny")
     assert child.process is ahead and child.conn.recv() == [True, False]

@@ -135,6 +135,21 @@ def test_who_leaves_with_the_last_word_hangs_up_nothing(front, far):
     until(lambda: len(engine.idle) == 1)
 
 
+def test_a_connection_that_is_being_hung_up_is_not_kept(front, far):
+    """Its job has been dropped, and the end of its answer comes before the hanging up."""
+    asked, engine = threading.Event(), front.models.engine
+    far.script = lambda connection, _: asked.wait(30) and not connection.sendall(ANSWER)
+    job = engine.submit([Prompt(messages=({"role": "user", "content": "x"},))], Sampling())
+    until(lambda: far.bodies)
+    with engine.lock:
+        del engine.jobs[job.number]
+    asked.set()
+    until(lambda: engine.slots.free == 2)
+    until(lambda: job.queue.qsize() >= 5)
+    assert not engine.idle
+    assert front.chat("Hello")[0] == 200
+
+
 def test_what_is_sent(front, far):
     front.chat(
         "Hello", max_tokens=9, temperature=0.5, top_p=0.5, top_k=3, min_p=0.1, seed=4, n=2, stop=["x", 5], stop_token_ids=[6],

@@ -162,4 +162,5 @@ def test_merge():
 def test_what_came_before_an_error_is_told_before_it():
     error = EngineFailed("x")
     events = [Started(1, 0), Delta(0, "a", 1), Delta(0, "b", 1), error]
-    assert list(merge(events)) == [Started(1, 0), Delta(0, "ab", 2), error]
+    for after in ([], [Delta(0, "c", 1, "stop")]):  # which has a hole before it
+        assert list(merge(events + after)) == [Started(1, 0), Delta(0, "ab", 2), error]
