@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, serve_one, sse
+from conftest import ROOT, serve_one, sse, until
 from scripted_chat import TEMPLATE
 
 import model_init
@@ -176,11 +176,13 @@ def test_a_record_runs_again(tmp_path):
         ask(served, THOUGHT + CALL, functions=[F, G], stream=True)
         for says, status, told in ((THOUGHT + CALL, 0, "2 requests, 0 differ"), (CALL, 1, "2 requests, 2 differ")):
             (tmp_path / "script.json").write_text(json.dumps({"says": [says]}))
+            until(lambda: not served.server.busy.count)  # noqa: B023 (a line comes after its answer)
             lines = record.read_text()
             done = subprocess.run(
                 [sys.executable, ROOT / "examples/replay.py", record, served.url], capture_output=True, text=True
             )
             assert (done.returncode, done.stdout.splitlines()[-1]) == (status, told), done.stderr
+            until(lambda: not served.server.busy.count)  # noqa: B023
             record.write_text(lines)
 
 
