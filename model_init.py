@@ -378,8 +378,10 @@ def init(args: argparse.Namespace) -> Models:
             unknown=profile.unknown_model,
         ),
     )
+    backend = None if args.backend == "auto" else args.backend
+    check_engine_flags(args, backend)  # first: a flag is mended sooner than a library is installed
     fixed = [models.spec(model).backend for model in catalog.fixed]
-    check_engine_flags(args, args.backend if args.backend != "auto" else next(iter(fixed), None))
+    check_engine_flags(args, backend or next(iter(fixed), None))
     for name in [args.default_model, *preloaded(args)]:
         if name and catalog.find(name) is None:
             raise UsageError(f"there is no model {name!r} to load; there are: {', '.join(catalog.models()) or 'none'}")
