@@ -372,7 +372,7 @@ class LlamaCpp(Slots, LlamaModel):
         self.cache_tokens = lib.llama_n_ctx(self.ctx)
         self.batch = lib.llama_batch_init(self.BATCH_TOGETHER, 0, 1)
         self.rows: list[int] = []  # where in the batch each row of logits is
-        self.row = ctypes.c_float * self.vocabulary
+        self.row = ctypes.c_float * self.vocabulary  # the type of one
         self.make_slots(spec)
 
     def make_guides(self) -> Guides:

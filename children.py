@@ -3,6 +3,8 @@
 The law: no process of ours outlives its server by more than GRACE_S, however that died. Two things see to it: on Linux the kernel
 kills a child when the thread that spawned it ends, so all are spawned by one thread that lives as long as the server; and
 everywhere a thread of the child's own waits for the end of a pipe that nobody ever writes into.
+
+A process takes its work from its pipe, so it may begin before that is known, as the first one of a server does.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Process:
 
 
 class Child(Process):
-    """A running process."""
+    """A process that has its work: the one that was begun ahead, or a new one."""
 
     def __init__(self, main: Callable[..., None], *arguments: Any):
         """Runs main(connection, *arguments) in a process of its own. Raises OSError, RuntimeError."""

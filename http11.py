@@ -677,6 +677,12 @@ class Connection(socketserver.BaseRequestHandler):
         self.write(self.framed(last) + (b"0\r\n\r\n" if self.chunked else b""))
 
 
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """RFC 9110, section 5.6.7. To format it takes a thirtieth of a request."""
+    return formatdate(second, usegmt=True)
+
+
 # ───────────────────────────────────────────────────── serving ───────────────────────────────────────────────────
 
 
@@ -750,12 +756,6 @@ class PeerWatch:
                 self.remove(number)
                 connection.left = True
                 tell()
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    """RFC 9110, section 5.6.7. To format it takes a thirtieth of a request."""
-    return formatdate(second, usegmt=True)
 
 
 def tls_context(certfile: str, keyfile: str = "") -> ssl.SSLContext:

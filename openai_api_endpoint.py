@@ -799,6 +799,7 @@ class Dialects(Routes):
             raise ApiError(400, "'background' is only allowed where the response is stored.", "background")
         past, before = [], values.get("previous_response_id")
         if before is not None:
+            # Both: its thread may have more to do than to store it, and what could not be stored stays open.
             if state and state.is_open(self.owner(), before) and self.server.running.under_way(before):
                 raise ApiError(
                     400, "'previous_response_id': that response is still being made.", "previous_response_id", "not_finished"
@@ -1373,7 +1374,7 @@ class Service:
             signal.signal(signal.SIGHUP, self.reload)
         log.info("listening on %s", self.args.uds or f"port {self.server.server_port}")
         self.models.preload(["none"] if self.args.preload == "none" else model_init.preloaded(self.args))
-        children.end_spare()
+        children.end_spare()  # nothing is loaded yet, or it is an upstream's
         if not self.models.lives:
             self.greet_catalog()
         self.server.serve_forever()

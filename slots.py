@@ -20,7 +20,7 @@ from sampler import Sampler, Weights
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence of the KV cache. `kv` are the tokens it holds."""
+    """One sequence of the KV cache. `kv` are the tokens it holds; a binding may keep them after the end, for the next prompt like it."""
 
     seq: int
     kv: list[int] = field(default_factory=list)
@@ -168,7 +168,7 @@ class Slots:
         all. The oldest never does.
         """
         waiting = (self.need(slot, len(slot.todo)) for slot in self.ring if slot.sampler is not None and not slot.decodes)
-        if self.free_cells() >= self.growth() + max(waiting, default=0):
+        if self.free_cells() >= self.growth() + max(waiting, default=0):  # as a rule
             return
         kept = sorted((slot for slot in self.ring if slot.sampler is None and slot.kv), key=lambda s: s.used)
         busy = self.in_turn(slot for slot in self.ring if slot.sampler is not None)

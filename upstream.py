@@ -769,6 +769,7 @@ class Answer:
         self.usage = chunk.get("usage") or self.usage
 
     def end(self) -> Iterator[Event]:
+        """What the job is told when all has come. Raises UpstreamFailed where that is not all."""
         if len(self.finish) < self.job.open:
             raise UpstreamFailed("it ended before the answer had")
         usage = self.usage
