@@ -1,6 +1,6 @@
 """HTTP/1.1 (RFC 9112): framing, limits, keep-alive, connections, bytes in and out. Nothing here knows what is said over it.
 
-The main thread only accepts; each connection has a thread of its own. A subclass of Connection answers one request at a time in
+The main thread only accepts; each connection has a thread to itself, which outlives it. A subclass of Connection answers one request at a time in
 `answer`, with `read_body`, `head`, `reply_bytes` and the stream's three verbs; whatever it raises comes back to it in `fail`.
 
 The law of reading: bytes are judged as they came, before anything is made of them, and whatever two readers could understand
@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+import queue
 import random
 import re
 import select
@@ -235,6 +236,11 @@ class Headers:
         return name.lower() in self.fields
 
 
+def at_once(sock: Any) -> bool:
+    """Is it plain, and its file number one that never waits? (Python makes it so for a timeout.)"""
+    return os.name == "posix" and type(sock) is socket.socket and bool(sock.gettimeout())
+
+
 class Reader:
     """A socket's bytes by lines, by counts, by heads. `until`: the deadline of what is being read. Raises TimeoutError, PeerGone."""
 
@@ -242,11 +248,23 @@ class Reader:
         self.socket, self.held, self.until = sock, bytearray(), 0.0
 
     def receive(self, most: int) -> bytes:
-        left = self.until - time.monotonic()
-        if left <= 0:
+        """What is there, or comes until the deadline; nothing: the client has shut its side."""
+        if time.monotonic() >= self.until:
             raise TimeoutError
-        self.socket.settimeout(left)
-        return bytes(self.socket.recv(most))
+        if not at_once(self.socket):
+            self.socket.settimeout(max(self.until - time.monotonic(), 1e-3))
+            try:
+                return bytes(self.socket.recv(most))
+            finally:
+                self.socket.settimeout(WRITE_S)
+        number = self.socket.fileno()
+        with contextlib.suppress(
+            BlockingIOError
+        ):  # as a rule it is there: to wait first would be one more turn of the interpreter
+            return os.read(number, most)
+        if not self.ready(self.until):
+            raise TimeoutError
+        return os.read(number, most)
 
     def more(self) -> bool:
         data = self.receive(1 << 13)
@@ -370,6 +388,7 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         if self.server.tls and not self.shake_hands(self.server.tls):
             return
+        self.connection.settimeout(WRITE_S)
         self.reader = Reader(self.connection)
         self.close_connection = False
         while not self.close_connection:
@@ -412,14 +431,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def refuse(self, error: HttpError) -> None:
         """What could not even be read as a request."""
-        self.connection.settimeout(WRITE_S)
         try:
             self.fail(error)
         finally:
             self.note()
 
     def respond(self) -> None:
-        self.connection.settimeout(WRITE_S)
         self.request_id = re.sub(r"[^!-~]", "", self.headers.get("X-Request-Id"))[:128] or f"req-{random.getrandbits(128):032x}"
         try:
             self.unread = self.framing()
@@ -501,7 +518,6 @@ class Connection(socketserver.BaseRequestHandler):
             rate = self.server.limits.body_rate
             raise HttpError(408, f"The body came more slowly than {rate:g} bytes per second.", close=True) from None
         self.unread = 0
-        self.connection.settimeout(WRITE_S)
         self.server.seats.busy(self.seat)
         return bytes(body)
 
@@ -623,8 +639,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.server.seats.busy(self.seat)
 
     def can_write_now(self) -> bool:
-        """Is the socket plain, and its file number one that never waits? (Python makes it so for a timeout.)"""
-        return os.name == "posix" and type(self.connection) is socket.socket and bool(self.connection.gettimeout())
+        return at_once(self.connection)
 
     def write_now(self, data: bytes) -> int:
         """Write what the socket takes without waiting: how many bytes. For whatever thread has the stream's turn."""
@@ -700,6 +715,70 @@ class Busy:
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.count -= 1
+
+
+class Threads:
+    """Threads that outlive what they run: to start one and end it takes as long as to read a request and to write a reply."""
+
+    KEPT_S = 10.0  # how long one that is not kept waits for something to do
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards what follows
+        self.all = self.kept = 0
+        self.idle = 0  # those that wait, and are not meant for anything that is given
+        self.given: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: leave
+
+    def keep(self, count: int) -> None:
+        """So many are to be there, before anything is given to them. Raises RuntimeError: no more threads."""
+        self.kept = count
+        while self.all < count:
+            self.start(None)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """At once: by one that waits, else by a new one. Raises RuntimeError: no more threads."""
+        with self.lock:
+            waits = self.idle > 0
+            self.idle -= waits
+        if waits:
+            self.given.put(work)
+        else:
+            self.start(work)
+
+    def start(self, work: Callable[[], None] | None) -> None:
+        with self.lock:  # threading.Thread would have us wait until it runs: under load a turn of the interpreter for each
+            _thread.start_new_thread(self.live, (work,))
+            self.all += 1
+            self.idle += work is None
+
+    def live(self, work: Callable[[], None] | None) -> None:
+        try:
+            while work or (work := self.next()):
+                work()
+                work = None
+                with self.lock:
+                    self.idle += 1
+        finally:
+            with self.lock:
+                self.all -= 1
+
+    def next(self) -> Callable[[], None] | None:
+        """What is given to it; None: it may leave."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.given.get(timeout=self.KEPT_S if self.all > self.kept else None)
+            with self.lock:
+                if (
+                    self.idle and self.all > self.kept
+                ):  # none idle: one of those that wait is meant for what has just been given
+                    self.idle -= 1
+                    return None
+
+    def close(self) -> None:
+        """Those that wait leave, and those that work once they have waited."""
+        with self.lock:
+            self.kept, leaving, self.idle = 0, self.idle, 0
+        for _ in range(leaving):
+            self.given.put(None)
 
 
 class PeerWatch:
@@ -788,7 +867,7 @@ class HttpServer(ThreadingHTTPServer):
         self.tls, self.uds, self.bound = tls, uds, False
         self.draining = False
         self.busy = Busy()
-        self.peers = PeerWatch()
+        self.peers, self.workers = PeerWatch(), Threads()
         if uds:
             if not hasattr(socket, "AF_UNIX"):
                 raise OSError("this system has no Unix sockets for Python")
@@ -814,6 +893,10 @@ class HttpServer(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    def server_activate(self) -> None:
+        super().server_activate()
+        self.socket.setblocking(False)  # a client may have left the backlog before it is accepted
+
     def get_request(self) -> tuple[Any, Any]:
         try:
             request, address = self.socket.accept()
@@ -836,16 +919,16 @@ class HttpServer(ThreadingHTTPServer):
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for it. threading.Thread would have us wait until that runs: under load a turn of the interpreter for each."""
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        self.workers.run(lambda: self.process_request_thread(request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        self.close_request(request)
         self.seats.leave(request)
 
     def server_close(self) -> None:
         super().server_close()
         self.peers.close()
+        self.workers.close()
         if self.bound:
             self.bound = False
             with contextlib.suppress(OSError):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +29,13 @@ def be_sparing() -> None:
     if library := libc():
         library.mallopt(MMAP_THRESHOLD, 1 << 18)  # a threshold that is set no longer grows with what is freed
         library.mallopt(ARENA_MAX, 2)
+
+
+@functools.cache
+def settle() -> None:
+    """What a process has at its start stays: no collection walks it again. Of what a later call would find some is garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def give_back() -> None:

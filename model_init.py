@@ -815,6 +815,10 @@ class Models:
         lives = list(self.lives.values())
         return sum(life.waiters + (life.engine.queue_depth() if life.engine else 0) for life in lives)
 
+    def slots(self) -> int:
+        """Of all engines that are ready: so many requests run at once."""
+        return sum(engine.spec.slots for engine in self.engines() if engine.ready)
+
     def running(self) -> int:
         """Jobs that are waiting or generating."""
         return sum(life.waiters + life.jobs() for life in list(self.lives.values()))

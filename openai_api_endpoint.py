@@ -411,7 +411,7 @@ class Generation:
     """One completion on its way to its client: deltas of the engine's in, a reply or a stream out.
 
     All that is kept here belongs to the handler while it is awake, and while it sleeps in `deltas` to the engine's reader
-    thread, which calls `sink` with each event: a handler wakes for what is more than the next chunk.
+    thread, which calls the sink with each event: a handler wakes for what is more than the next chunk.
     """
 
     def __init__(self, handler: Handler, job: Job, completion: Completion, rendering: Rendering, told: bool):
@@ -420,12 +420,10 @@ class Generation:
         self.begun = time.monotonic()  # when the engine's queue took it
         self.first_delta = 0.0  # when it came, by this process's clock
         self.clock = 0.0  # since when the engine owes us something; 0: it has not taken the job
-        self.sink: Sink = self.begin
         self.unsent = b""  # of a chunk that the sink could not write whole
 
     def reply(self) -> None:
-        self.sink = self.keep
-        for delta in self.deltas(streaming=False):
+        for delta in self.deltas(self.keep, streaming=False):
             self.add(delta)
         self.handler.reply(200, self.rendering.whole(self.debug() if self.told else {}))
 
@@ -449,10 +447,9 @@ class Generation:
 
     def stream(self) -> None:
         handler, completion, chunks = self.handler, self.completion, self.rendering
-        if handler.can_write_now():
-            self.sink = self.passing_on(chunks)
+        sink = self.passing_on(chunks) if handler.can_write_now() else self.begin
         data = b""
-        for delta in self.deltas(streaming=True):
+        for delta in self.deltas(sink, streaming=True):
             data = data if self.first_delta else chunks.opening()
             self.first_delta = self.first_delta or time.monotonic()
             data += chunks.delta(completion.add(delta))
@@ -494,7 +491,7 @@ class Generation:
 
         return pass_on
 
-    def deltas(self, streaming: bool) -> Iterator[Delta]:
+    def deltas(self, sink: Sink, streaming: bool) -> Iterator[Delta]:
         """The job's deltas that the sink has not had, until all its choices have finished. Raises its errors, PeerGone, and 504.
 
         The clock starts when the engine has taken the job; for a stream it starts again with every delta.
@@ -503,7 +500,7 @@ class Generation:
         left = len(completion.choices)
         while left:
             wait = self.clock + patience - time.monotonic() if self.clock else patience
-            events = self.job.take(min(max(wait, 0) + 0.01, 3600), self.sink)
+            events = self.job.take(min(max(wait, 0) + 0.01, 3600), sink)
             now = time.monotonic()
             if self.handler.left:
                 raise PeerGone
@@ -1045,8 +1042,14 @@ class Server(HttpServer):
         """None: the operator's routes are off."""
         return self.access.admin
 
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        memory.settle()
+        super().serve_forever(poll_interval)
+
     def service_actions(self) -> None:
-        """From serve_forever, twice a second."""
+        """From serve_forever, twice a second, and after connections have come."""
+        with contextlib.suppress(RuntimeError):  # no more threads: then there are as many as there can be
+            self.workers.keep(min(self.models.slots(), self.limits.connections))
         total, at = self.trimmed
         if self.busy.total != total and time.monotonic() > at + GIVE_BACK_S:
             self.trimmed = (self.busy.total, time.monotonic())

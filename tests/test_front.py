@@ -1,6 +1,7 @@
 """The way of a delta from the engine's reader thread to its client: who writes it, in what order, and what a slow client costs."""
 
 import contextlib
+import gc
 import re
 import socket
 import threading
@@ -241,6 +242,80 @@ def test_silence_in_mid_stream(tmp_path, writes):
 
 def letter(char, finish=None):
     return Delta(0, char, 1, finish)
+
+
+def test_threads_are_kept_for_as_many_as_run_at_once(tmp_path, monkeypatch):
+    """And those that a crowd has brought leave, once they have waited."""
+    monkeypatch.setattr(http11.Threads, "KEPT_S", 0.1)
+    answered_by = set()
+    with serve_scripted(tmp_path, slots=3) as served:
+        workers = served.server.workers
+        until(lambda: workers.all == workers.idle == 3)
+        respond = http11.Connection.respond
+
+        def noting(self):
+            answered_by.add(threading.get_ident())
+            respond(self)
+
+        monkeypatch.setattr(http11.Connection, "respond", noting)
+        for _ in range(30):
+            until(lambda: workers.idle == 3)
+            served.chat("echo in")
+        assert len(answered_by) <= 3
+        crowd = [socket.create_connection((served.host, served.port)) for _ in range(20)]
+        until(lambda: workers.all == 20 and not workers.idle)
+        assert served.chat("echo in")[0] == 200
+        for sock in crowd:
+            sock.close()
+        until(lambda: workers.all == workers.idle == 3)
+    until(lambda: workers.all == 0)
+
+
+def test_a_thread_outlives_what_it_runs():
+    threads, done = http11.Threads(), threading.Semaphore(0)
+    for _ in range(50):
+        threads.run(done.release)
+        assert done.acquire(timeout=60)
+        until(lambda: threads.idle)
+    assert threads.all == 1
+    gate = threading.Event()
+    for _ in range(5):
+        threads.run(gate.wait)  # nothing waits for another to be done
+    assert (threads.all, threads.idle) == (5, 0)
+    gate.set()
+    until(lambda: threads.idle == 5)
+    threads.close()
+    until(lambda: not threads.all)
+    threads.run(done.release)  # a connection that was accepted while the server closed
+    assert done.acquire(timeout=60)
+
+
+def test_threads_meet_in_any_order(monkeypatch):
+    """What is given while those that have waited leave is run, each time once."""
+    monkeypatch.setattr(http11.Threads, "KEPT_S", 0.001)
+    threads, ran = http11.Threads(), []
+    threads.keep(2)
+    for number in range(3000):
+        threads.run(lambda number=number: ran.append(number))
+        if number % 7 == 0:
+            time.sleep(0.001)
+    until(lambda: len(ran) == 3000)
+    assert sorted(ran) == list(range(3000))
+    until(lambda: threads.all == threads.idle <= 2)
+    threads.close()
+    until(lambda: not threads.all)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_request_held_is_free_when_it_ends(scripted, stream):
+    """Without a collection: it holds no circle."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert scripted.request("POST", "/v1/chat/completions", body("echo in", stream=stream))[0] == 200
+        until(lambda: not any(isinstance(one, (Generation, Job, Completion)) for one in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 def test_the_sink_has_its_turn_while_the_handler_waits():
