@@ -1,7 +1,7 @@
 """HTTP/1.1 (RFC 9112): framing, limits, keep-alive, connections, bytes in and out. Nothing here knows what is said over it.
 
-The main thread only accepts; each connection has a thread to itself, which outlives it. A subclass of Connection answers one request at a time in
-`answer`, with `read_body`, `head`, `reply_bytes` and the stream's three verbs; whatever it raises comes back to it in `fail`.
+The main thread only accepts; each connection has a thread to itself, which outlives it. A subclass of Connection answers one request at
+a time in `answer`, with `read_body`, `head`, `reply_bytes` and the stream's three verbs; whatever it raises comes back to it in `fail`.
 
 The law of reading: bytes are judged as they came, before anything is made of them, and whatever two readers could understand
 in two ways is refused with 400 and the end of the connection. Every wait for a client has a deadline in all, not per byte.
