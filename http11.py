@@ -767,9 +767,7 @@ class Threads:
             with contextlib.suppress(queue.Empty):
                 return self.given.get(timeout=self.KEPT_S if self.all > self.kept else None)
             with self.lock:
-                if (
-                    self.idle and self.all > self.kept
-                ):  # none idle: one of those that wait is meant for what has just been given
+                if self.idle and self.all > self.kept:  # none idle: who waits is meant for what has just been given
                     self.idle -= 1
                     return None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import queue
 import re
 import socket
 import threading
@@ -306,14 +307,39 @@ def test_threads_meet_in_any_order(monkeypatch):
     until(lambda: not threads.all)
 
 
+def test_a_thread_whose_time_is_up_runs_what_it_was_given_meanwhile():
+    threads, given, done = http11.Threads(), threading.Event(), threading.Semaphore(0)
+
+    class Late(type(threads.given)):
+        def get(self, timeout):
+            if not given.is_set():
+                given.wait()
+                raise queue.Empty
+            return super().get(timeout=timeout)
+
+    threads.given = Late()
+    threads.run(done.release)
+    assert done.acquire(timeout=60)
+    until(lambda: threads.idle)
+    threads.run(done.release)
+    given.set()
+    assert done.acquire(timeout=60)
+    threads.close()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_a_request_held_is_free_when_it_ends(scripted, stream):
     """Without a collection: it holds no circle."""
+
+    def held():
+        return [one for one in gc.get_objects() if isinstance(one, (Generation, Job, Completion))]
+
     gc.collect()
+    before = held()  # of other tests, and what they still hold
     gc.disable()
     try:
         assert scripted.request("POST", "/v1/chat/completions", body("echo in", stream=stream))[0] == 200
-        until(lambda: not any(isinstance(one, (Generation, Job, Completion)) for one in gc.get_objects()))
+        until(lambda: all(any(one is old for old in before) for one in held()))
     finally:
         gc.enable()
 
