@@ -139,6 +139,7 @@ class Workshop:
                     order.done(answer)
             except Exception:  # whatever becomes of the answer, the next order's turn comes
                 log.exception("workshop")
+            del order.make, order.done, order.failed  # they hold who asked, who holds the order
         self.end()
 
     def next(self) -> Order | None:

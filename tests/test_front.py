@@ -327,8 +327,8 @@ def test_a_thread_whose_time_is_up_runs_what_it_was_given_meanwhile():
     threads.close()
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_what_a_request_held_is_free_when_it_ends(scripted, stream):
+@pytest.mark.parametrize("fields", [{"stream": True}, {"stream": False}, {"response_format": {"type": "json_object"}}])
+def test_what_a_request_held_is_free_when_it_ends(scripted, fields):
     """Without a collection: it holds no circle."""
 
     def held():
@@ -338,7 +338,7 @@ def test_what_a_request_held_is_free_when_it_ends(scripted, stream):
     before = held()  # of other tests, and what they still hold
     gc.disable()
     try:
-        assert scripted.request("POST", "/v1/chat/completions", body("echo in", stream=stream))[0] == 200
+        assert scripted.request("POST", "/v1/chat/completions", body("echo in", **fields))[0] == 200
         until(lambda: all(any(one is old for old in before) for one in held()))
     finally:
         gc.enable()
