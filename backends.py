@@ -121,9 +121,12 @@ class OpenVino(Slots, OpenVinoModel):
         self.make_cache(spec, trained)
         self.context = min(trained, self.cache_tokens)
         self.make_slots(spec)
-        first = Slot(0)
-        self.compute([Piece(first, [0], 0, 1)])  # makes the kernels
-        self.drop(first)
+        with ThreadPoolExecutor(1) as beside:
+            taken = beside.submit(self.take_cache)
+            first = Slot(0)
+            self.compute([Piece(first, [0], 0, 1)])  # makes the kernels; what it computes nobody reads
+            self.drop(first)
+            taken.result()
 
     def read_own(self, path: str) -> int:
         """What the model says of itself. Returns the tokens that it was trained for."""
@@ -233,16 +236,23 @@ class OpenVino(Slots, OpenVinoModel):
         block_bytes = sum(math.prod(shapes[name]) * port.element_type.size for name, port in caches.items())
         self.cache_tokens = spec.cache_tokens or default_cache_tokens(spec.slots, trained, block_bytes // size)
         self.blocks = Blocks(-(-self.cache_tokens // size) + self.BESIDE, size)
-        for name, port in caches.items():
-            self.request.set_tensor(name, self.make_tensor(port.element_type, [self.blocks.count, *shapes[name]]))
+        self.caches = {
+            name: self.make_tensor(port.element_type, [self.blocks.count, *shapes[name]]) for name, port in caches.items()
+        }
+        for name, tensor in self.caches.items():
+            self.request.set_tensor(name, tensor)
 
     def make_tensor(self, kind: Any, shape: list[int]) -> Any:
         device = self.compiled.get_property("EXECUTION_DEVICES")[0].strip("()")
         if device != "CPU":
             return self.openvino.Core().get_default_context(device).create_tensor(kind, self.openvino.Shape(shape), {})
-        tensor = self.openvino.Tensor(kind, self.openvino.Shape(shape))
-        tensor.data.fill(0)  # the system has to give it now, not in the middle of somebody's answer
-        return tensor
+        return self.openvino.Tensor(kind, self.openvino.Shape(shape))
+
+    def take_cache(self) -> None:
+        """The system has to give it now, not in the middle of somebody's answer."""
+        for tensor in self.caches.values():
+            if not isinstance(tensor, self.openvino.RemoteTensor):
+                tensor.data.fill(0)
 
     def find(self, ids: list[int], limit: int) -> tuple[Slot, int]:
         slot = next(slot for slot in self.ring if slot.sampler is None)
