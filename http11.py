@@ -258,9 +258,7 @@ class Reader:
             finally:
                 self.socket.settimeout(WRITE_S)
         number = self.socket.fileno()
-        with contextlib.suppress(
-            BlockingIOError
-        ):  # as a rule it is there: to wait first would be one more turn of the interpreter
+        with contextlib.suppress(BlockingIOError):  # as a rule it is there: to wait first would be one more turn
             return os.read(number, most)
         if not self.ready(self.until):
             raise TimeoutError
