@@ -65,7 +65,6 @@ class Background:
             if events:
                 clock = now
             elif clock and now - clock > self.patience:
-                self.job.engine.check_silence(self.patience * 0.9)
                 raise ApiError(504, f"No answer within {self.patience:g} s (--request-timeout).", code="timeout")
             for event in merge(events):
                 self.handle(event)

@@ -50,7 +50,7 @@ class Job:
     sleeps in `take(…, sink)` to the producer, which calls the sink. So a token costs no thread that must be woken.
     """
 
-    def __init__(self, engine: Any, number: int, choices: int, client: str):
+    def __init__(self, engine: Jobs, number: int, choices: int, client: str):
         self.engine, self.number, self.client = engine, number, client
         self.open = choices  # choices that have not finished; changed by the producer only
         self.running = False

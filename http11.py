@@ -42,7 +42,8 @@ LINGER_RATE, ONE_LINGERS = 64 << 20, threading.Lock()  # bytes per second of all
 NOWHERE = bytearray(1 << 20)  # where they are read to; nobody looks at it
 LARGE, ONE_READS = 1 << 16, threading.Lock()  # bytes that are still to come of a large body; see Reader.piece
 SKIPPED = 1 << 20  # bytes of an unwanted body that are read over to keep the connection; a longer one ends it
-WRITE_S = 60.0  # for a client that reads nothing; it costs its own connection only
+WRITE_S = 60.0  # for a client that reads nothing, or less than SLICE bytes; it costs its own connection only
+SLICE = 1 << 16
 PREFIX = b"HTTP/1.1 "  # how every reply begins, whatever its status
 
 LINE_MAX, FIELDS_MAX = 1 << 16, 100  # bytes of the request line, and of all header lines together; header lines
@@ -308,7 +309,7 @@ class Reader:
             return bool(select.select([self.socket], [], [], left)[0])
         poller = select.poll()
         poller.register(self.socket, select.POLLIN)
-        return bool(poller.poll(left * 1000))
+        return bool(poller.poll(min(left * 1000, 1 << 30)))  # of milliseconds it takes no more than 31 bits
 
     def wait(self, patience: float) -> bool:
         """For the first byte of a request. False: none came, or the client has left."""
@@ -404,8 +405,11 @@ class Connection(socketserver.BaseRequestHandler):
             return False
 
     def finish(self) -> None:
-        if self.connection is not self.request:  # wrapped in TLS
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.connection is self.request:
+                # A close alone says RST where something is unread, and the client may lose what it was sent.
+                self.connection.shutdown(socket.SHUT_WR)
+            else:  # wrapped in TLS
                 self.connection.close()
 
     # ── one request ──
@@ -633,7 +637,8 @@ class Connection(socketserver.BaseRequestHandler):
         sent = self.write_now(data) if self.can_write_now() else 0
         if sent < len(data):
             self.server.seats.hush(self.seat)  # one that does not read may have to make room, too
-            self.connection.sendall(data[sent:])
+            for at in range(sent, len(data), SLICE):  # its timeout is for all that it is given
+                self.connection.sendall(data[at : at + SLICE])
             self.server.seats.busy(self.seat)
 
     def can_write_now(self) -> bool:
@@ -728,7 +733,11 @@ class Threads:
 
     def keep(self, count: int) -> None:
         """So many are to be there, before anything is given to them. Raises RuntimeError: no more threads."""
-        self.kept = count
+        with self.lock:
+            leaving = min(self.idle, max(0, self.kept - count))
+            self.kept, self.idle = count, self.idle - leaving
+        for _ in range(leaving):
+            self.given.put(None)
         while self.all < count:
             self.start(None)
 
@@ -771,10 +780,7 @@ class Threads:
 
     def close(self) -> None:
         """Those that wait leave, and those that work once they have waited."""
-        with self.lock:
-            self.kept, leaving, self.idle = 0, self.idle, 0
-        for _ in range(leaving):
-            self.given.put(None)
+        self.keep(0)
 
 
 class PeerWatch:
@@ -912,6 +918,7 @@ class HttpServer(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 request.setblocking(False)
                 request.send(self.full)
+                request.shutdown(socket.SHUT_WR)
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:

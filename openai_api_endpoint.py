@@ -991,7 +991,8 @@ class Server(HttpServer):
     """What all requests share. `api_key` and `admin` (None: off; "": for whoever may use the rest) are short for an `access`."""
 
     full = (
-        PREFIX + b"503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+        PREFIX + b"503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 138\r\n"
+        b"Retry-After: 1\r\nConnection: close\r\n\r\n"
         b'{"error":{"message":"Too many connections. Try again in a moment.","type":"unavailable_error","param":null,'
         b'"code":"too_many_connections"}}'
     )

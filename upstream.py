@@ -86,7 +86,7 @@ def authorization(spec: EngineSpec) -> dict[str, str]:
 class UpstreamJob(Job):
     """A job, and the connection that it runs on."""
 
-    def __init__(self, engine: Any, number: int, choices: int, client: str):
+    def __init__(self, engine: Jobs, number: int, choices: int, client: str):
         super().__init__(engine, number, choices, client)
         self.dropped = False
         self.socket: socket.socket | None = None

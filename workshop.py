@@ -119,28 +119,31 @@ class Workshop:
 
     def serve(self) -> None:
         while order := self.next():
-            answer, failure = b"", None
-            try:
-                answer = self.answer(order)
-            except Failed as error:
-                failure = error
-            except RecursionError:
-                failure = Failed("template", "is nested too deeply")
-            except Exception as error:  # no file numbers, no memory, no thread left
-                log.exception("workshop")
-                failure = Failed("", f"could not be begun: {type(error).__name__}")
-                self.end()
-            with self.change:
-                self.running, self.since = None, 0.0
-            try:
-                if failure:
-                    order.failed(failure.stage, failure.why)
-                else:
-                    order.done(answer)
-            except Exception:  # whatever becomes of the answer, the next order's turn comes
-                log.exception("workshop")
-            del order.make, order.done, order.failed  # they hold who asked, who holds the order
+            self.work_on(order)
         self.end()
+
+    def work_on(self, order: Order) -> None:
+        answer, failure = b"", None
+        try:
+            answer = self.answer(order)
+        except Failed as error:
+            failure = error
+        except RecursionError:
+            failure = Failed("template", "is nested too deeply")
+        except Exception as error:  # no file numbers, no memory, no thread left
+            log.exception("workshop")
+            failure = Failed("", f"could not be begun: {type(error).__name__}")
+            self.end()
+        with self.change:
+            self.running, self.since = None, 0.0
+        try:
+            if failure:
+                order.failed(failure.stage, failure.why)
+            else:
+                order.done(answer)
+        except Exception:  # whatever becomes of the answer, the next order's turn comes
+            log.exception("workshop")
+        del order.make, order.done, order.failed  # they hold who asked, who holds the order
 
     def next(self) -> Order | None:
         with self.change:

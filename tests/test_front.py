@@ -291,6 +291,14 @@ def test_a_thread_outlives_what_it_runs():
     assert done.acquire(timeout=60)
 
 
+def test_fewer_slots_keep_fewer_threads():
+    threads = http11.Threads()
+    threads.keep(8)
+    threads.keep(2)
+    until(lambda: threads.all == threads.idle == 2)
+    threads.close()
+
+
 def test_threads_meet_in_any_order(monkeypatch):
     """What is given while those that have waited leave is run, each time once."""
     monkeypatch.setattr(http11.Threads, "KEPT_S", 0.001)

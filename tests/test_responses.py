@@ -692,6 +692,17 @@ def test_deleted_while_it_is_made(scripted):
     assert scripted.request("GET", f"/v1/responses/{body['id']}")[0] == 404
 
 
+def test_background_has_a_deadline(tmp_path):
+    with serve_scripted(tmp_path, request_timeout=0.3) as served:
+        _, body, _ = served.request("POST", "/v1/responses", {"input": "forever", "background": True})
+        until(lambda: status_of(served, body["id"]) == "in_progress")
+        served.script("hold")
+        until(lambda: status_of(served, body["id"]) == "failed")
+        served.script("hold", False)
+        error = served.request("GET", f"/v1/responses/{body['id']}")[1]["error"]
+        assert (error["code"], error["message"]) == ("server_error", "No answer within 0.3 s (--request-timeout).")
+
+
 def test_background_failures(scripted, tmp_path):
     for text, code in (("echo " + "x" * 3000, "invalid_prompt"), ("raise", "server_error")):
         _, body, _ = scripted.request("POST", "/v1/responses", {"input": text, "background": True})

@@ -1,6 +1,7 @@
 """What docs/security.md promises, each by an attempt to have it otherwise."""
 
 import contextlib
+import http.client
 import io
 import json
 import logging
@@ -222,6 +223,15 @@ def test_a_body_that_keeps_the_rate_may_take_its_time(tmp_path):
         assert statuses(sock.recv(65536)) == [200]
 
 
+def test_no_least_rate_means_all_the_time_there_is(tmp_path):
+    with serve_scripted(tmp_path, limits=HttpLimits(idle_s=3e6, header_s=3e6, body_rate=0)) as served:
+        sock, data = connect(served), sized(body("echo ok"))
+        for piece in (data[:5], data[5:-5], data[-5:]):
+            time.sleep(0.2)
+            sock.sendall(piece)
+        assert statuses(sock.recv(65536)) == [200]
+
+
 # ── connections ──
 
 
@@ -275,9 +285,40 @@ def test_who_is_being_answered_does_not_make_room(tmp_path):
             assert statuses(sock.recv(65536)) == [200]
         out = until_closed(connect(served))
         assert statuses(out) == [503] and json.loads(out.split(b"\r\n\r\n")[1])["error"]["code"] == "too_many_connections"
+        for _ in range(20):  # what it had sent is not read, and yet it can read all that was said
+            with contextlib.closing(http.client.HTTPConnection(served.host, served.port)) as conn:
+                with served.server.seats.lock:
+                    conn.request("GET", "/v1/models")
+                    time.sleep(0.005)
+                reply = conn.getresponse()
+                assert (reply.status, json.loads(reply.read())["error"]["code"]) == (503, "too_many_connections")
         streams[0].close()
         until(lambda: len(served.server.seats.taken) == 1)
         assert served.request("GET", "/health")[0] == 200
+
+
+def test_what_is_left_unread_does_not_cost_the_reply(tmp_path):
+    with serve_scripted(tmp_path, access=Access()) as served:
+        last = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        for _ in range(20):
+            assert statuses(until_closed(connect(served, last + GET * 1000))) == [200]
+
+
+def test_who_reads_slowly_gets_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(http11, "WRITE_S", 1.0)
+    with serve_scripted(tmp_path, access=Access()) as served:
+        monkeypatch.setitem(endpoint.ROUTES["/health"], "GET", lambda handler: handler.reply(200, {"text": "x" * (16 << 20)}))
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect((served.host, served.port))
+        sock.sendall(GET)
+        got, began = 0, time.monotonic()
+        while got < 16 << 20:
+            data = sock.recv(1 << 16)
+            assert data
+            got += len(data)
+            time.sleep(0.006)
+        assert time.monotonic() - began > 1.5
 
 
 def test_who_does_not_read_makes_room(tmp_path):
