@@ -545,15 +545,23 @@ class Shapes(Meetings):
         return found
 
     def _number(self, node: dict[str, Any], item: Item) -> Shape:
-        low, high = bounds_of(node)
+        low, high = self.bounds(node, item)
         step = exact(node["multipleOf"]) if "multipleOf" in node else None
-        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            if word in node and abs(node[word]) >= 10**40:
-                if (node[word] > 0) == (word in ("maximum", "exclusiveMaximum")):
-                    low, high = (low, None) if node[word] > 0 else (None, high)
-                else:
-                    refuse(word, item.path, "over 40 digits is not supported")
         return Number(node.get("type") == "integer", low, high, step)
+
+    def bounds(self, node: dict[str, Any], item: Item) -> tuple[Bound | None, Bound | None]:
+        """Without those that no number which is written here comes up to."""
+        kept = dict(node)
+        for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            if isinstance(bound := node.get(word), bool) or not bound:
+                continue
+            if abs(bound) >= 10**120 and (bound > 0) == (word in ("maximum", "exclusiveMaximum")):
+                del kept[word]
+            elif abs(bound) >= 10**40:
+                refuse(word, item.path, "over 40 digits is not supported")
+            elif exact(bound).denominator > 10**25:
+                refuse(word, item.path, "of more than 25 places is not supported")
+        return bounds_of(kept)
 
     def _integer(self, node: dict[str, Any], item: Item) -> Shape:
         return self._number({**node, "type": "integer"}, item)
@@ -566,9 +574,9 @@ class Shapes(Meetings):
         terms += [format_term(node["format"])] if node.get("format") in FORMATS else []
         return Text(low, None if high is None else int(min(high, MAX_REPEAT)), tuple(terms))
 
-    def pattern(self, pattern: str, item: Item) -> Term:
+    def pattern(self, pattern: str, item: Item, wide: bool = False) -> Term:
         try:
-            return pattern_term(pattern)
+            return pattern_term(pattern, wide)
         except Unsupported as error:
             raise Unsupported(str(error).replace("in 'pattern'", f"in 'pattern' at {item.path[:300]}")) from None
 
@@ -698,6 +706,10 @@ class Shapes(Meetings):
         """What no other keyword has looked at: with shapes, what their sources leave over."""
         found: list[Shape] = []
         for shape in shapes:
+            if isinstance(shape, Fixed):
+                shape = Fixed(tuple(value for value in shape.values if self.check.holds(item.node, item.base, value)))
+                if not shape.values:
+                    continue
             if isinstance(shape, Object) and "unevaluatedProperties" in node:
                 state = self.item(node["unevaluatedProperties"], item.base, f"{item.path}.unevaluatedProperties")
                 seen = [source for source in shape.sources if source.sees]
@@ -826,7 +838,7 @@ class WithFailures(Shapes):
     def _not_additional(self, node: dict[str, Any], item: Item) -> list[Shape]:
         state = self.item(node["additionalProperties"], item.base, f"{item.path}.additionalProperties", False)
         known = [other(words(node["properties"]))] if node.get("properties") else []
-        known += [other(self.pattern(pattern, item)) for pattern in node.get("patternProperties", {})]
+        known += [other(self.pattern(pattern, item, True)) for pattern in node.get("patternProperties", {})]
         return [] if state == FALSE else [Object(some=((both(ANY, *known), state),))]
 
     def _not_patterns(self, node: dict[str, Any], item: Item) -> list[Shape]:
@@ -863,15 +875,17 @@ class WithFailures(Shapes):
         return found + ([Array(contains=((state, int(high) + 1, None),))] if high is not None else [])
 
     def _not_bounds(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        low, high = bounds_of(node)
+        low, high = self.bounds(node, item)
         found: list[Shape] = [Number(high=(low[0], not low[1]))] if low else []
         return found + ([Number(low=(high[0], not high[1]))] if high else [])
 
     def _not_multiple(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        return [Number(terms=(other(both(decimals(None, None, True), multiples(exact(node["multipleOf"])))),))]
+        found = both(decimals(None, None, True), multiples(exact(node["multipleOf"])))
+        zeros = seq(rep(lit("0"), 0, None), rep(seq(lit("."), rep(lit("0"), 1, None)), 0, 1))  # more of them change nothing
+        return [Number(terms=(other(seq(found, zeros)),))]
 
     def _not_pattern(self, node: dict[str, Any], item: Item) -> list[Shape]:
-        return [Text(terms=(other(self.pattern(node["pattern"], item)),))]
+        return [Text(terms=(other(self.pattern(node["pattern"], item, True)),))]
 
     def _not_format(self, node: dict[str, Any], item: Item) -> list[Shape]:
         return [Text(terms=(other(format_term(node["format"])),))] if node["format"] in FORMATS else []
@@ -1131,6 +1145,8 @@ class Schema:
                     refuse("uniqueItems", state[0].path, "is not supported where the items are not listed")
                 values |= {key_of(value): value for value in one.values}
         members = list(values.values())
+        if not members:
+            return self.repeated("[", NONE, "]", shape.low, shape.high)
         if shape.contains:
             refuse("uniqueItems", state[0].path, "beside 'contains' is not supported")
         if not shape.first:
@@ -1182,7 +1198,7 @@ class Schema:
         for found in _together(patterns):
             hit, missed = (
                 [pattern_term(p) for p in patterns if p in found],
-                [pattern_term(p) for p in patterns if p not in found],
+                [pattern_term(p, True) for p in patterns if p not in found],
             )
             classes.append(([*hit, *shape.keys, *known, *map(other, missed)], found))
             if len(classes) > 64:
@@ -1238,8 +1254,17 @@ class Schema:
         if one is not NONE:
             whole = alt(seq(k, self.state(v)) for k, v in self.extras(plain, names, state))
             parts = self.parts({name: self.shapes.of(shape, name) for name in names}, shape, state)
-            ways.append(self.members([*parts, self.grammar.share(one)], whole, plain, state))
+            ways.append(self.ending_with(self.grammar.share(one), parts, whole))
         return alt(ways)
+
+    def ending_with(self, one: Term, parts: list[Term], whole: Term) -> Term:
+        """An object whose last property is this one: of a name that is there twice readers take the last."""
+        before = parts if whole is NONE else [*parts, rep(self.grammar.share(whole), 0, None)]
+        ways = [] if any(part.op != "rep" for part in parts) else [one]
+        if before:
+            pick = Term("pick", parts=tuple(before), low=1, high=None)
+            ways.append(seq(self.grammar.in_turn(pick) if self.strict else self.grammar.pick(pick), lit(","), one))
+        return self.framed("{", alt(ways), "}")
 
     _KIND: dict[Any, Callable[[Schema, Any, State], Term]] = {
         Fixed: fixed,

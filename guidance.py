@@ -6,13 +6,16 @@ A vocabulary is read once for an engine, a grammar compiled once for all that fo
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from engine import Refused, one_line
 from grammar import lark_grammar
 
 INSTALL = "llguidance==1.9.1"
+STACK = 256 << 20  # bytes: llguidance descends from rule to rule, at 6 kB each, and where its stack ends so does the process
 
 
 class Guidance:
@@ -54,7 +57,7 @@ class Guides:
         if not self.eos:
             raise Refused("This model has no token that ends a text, which structured output needs.", "structured_outputs")
         if text not in self.compiled:
-            matcher = self.library.LLMatcher(self.tokens, self.library.grammar_from("lark", lark_grammar(text)))
+            matcher = deeply(lambda: self.library.LLMatcher(self.tokens, self.library.grammar_from("lark", lark_grammar(text))))
             if matcher.is_error():
                 raise failed(matcher)
             if len(self.compiled) >= self.KEPT:
@@ -79,6 +82,17 @@ class Words:
         if isinstance(text, bytes):
             raise TypeError("text, please")  # it asks in this way what is taken
         return self.tokenize(text)
+
+
+def deeply(work: Callable[[], Any]) -> Any:
+    """What it returns, from a thread whose stack has room for all the rules that a grammar may have."""
+    with ThreadPoolExecutor(1) as deep:
+        usual = threading.stack_size(STACK)
+        try:
+            begun = deep.submit(work)
+        finally:
+            threading.stack_size(usual)
+        return begun.result()
 
 
 def failed(matcher: Any) -> Refused:

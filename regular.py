@@ -498,6 +498,8 @@ class States:
 # ---- regular expressions
 
 
+_BASIC: Ranges = ((1, 0xD7FF), (0xE000, 0xFFFF))
+_ENDS_OF_LINES: Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))  # the first is one for every reader
 _SPACES: Ranges = ((9, 13), (0x1C, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF))  # fmt: skip
 _PUNCTUATION: Ranges = ((0xA1, 0xA9), (0xAB, 0xB1), (0xB4, 0xB4), (0xB6, 0xB8), (0xBB, 0xBB), (0xBF, 0xBF), (0xD7, 0xD7), (0xF7, 0xF7), (0x2010, 0x2027), (0x2030, 0x205E))  # fmt: skip
 _CATEGORY: dict[str, Ranges] = {
@@ -508,6 +510,7 @@ _CATEGORY: dict[str, Ranges] = {
     "NOT_SPACE": without(_SPACES),
     "NOT_WORD": ((0, 47), (58, 64), (91, 94), (96, 96), (123, 127), *_PUNCTUATION),
 }
+_CLASSES = ("\\d", "\\D", "\\s", "\\S", "\\w", "\\W")
 _REFUSED = {
     "GROUPREF": "backreference",
     "GROUPREF_EXISTS": "conditional group",
@@ -547,7 +550,14 @@ def _not_digit() -> Ranges:
     )
 
 
-def _category(name: str) -> Ranges:
+def _opposite(name: str) -> str:
+    return name.removeprefix("NOT_") if name.startswith("NOT_") else "NOT_" + name
+
+
+def _category(name: str, wide: bool) -> Ranges:
+    """What every reader takes for it; `wide`: what any reader may, for what is not to match."""
+    if wide:
+        return without(_category(_opposite(name), False))
     found = _CATEGORY.get(name)
     return _not_digit() if found is None else found
 
@@ -556,11 +566,13 @@ class Regex:
     """A pattern as the stdlib's own parser reads it, turned into a term; what it cannot say is refused by name.
 
     Lookarounds and anchors are compiled away: what follows one is also held to it, which only a repetition around it can prevent.
+    Where readers of regexes differ, a class has the characters that all of them take; under a negation those that any may take.
     """
 
-    def __init__(self, pattern: str, dot: Ranges = ALL, where: str = "") -> None:
-        """`dot` holds the characters that a dot or a negated class may stand for."""
-        self.dot, self.where, self.spread, self.fold = dot, where, 0, False
+    def __init__(self, pattern: str, dot: Ranges = ALL, where: str = "", wide: bool = False) -> None:
+        """`dot` holds the characters that a dot or a negated class may stand for; `wide`: the term is for a negation."""
+        self.dot, self.where, self.spread, self.fold, self.wide = dot, where, 0, False, wide
+        self.classes = False  # it has \p{…}, of which the Basic Multilingual Plane is known
         if len(pattern) > MAX_REGEX:
             self.refuse(f"a regex over {MAX_REGEX} characters")
         try:
@@ -600,6 +612,9 @@ class Regex:
                 out.append(f"\\U{int(found['code'], 16):08x}")
             else:
                 out.append({"\\/": "/", "\\z": "\\Z"}.get(whole, whole))
+                if inside and whole in _CLASSES and pattern[at : at + 1] == "-" and pattern[at + 1 : at + 2] != "]":
+                    out.append("\\-")  # a class begins no range: JavaScript takes the hyphen for itself
+                    at += 1
         return "".join(out)
 
     def _class(self, kind: str, name: str, inside: bool) -> str:
@@ -609,13 +624,14 @@ class Regex:
         if not ranges:
             self.refuse(f"the class \\{kind}{{{name[:30]}}} of the regex")
         if kind == "P":
-            ranges = common_ranges(without(ranges), ((1, 0xD7FF), (0xE000, 0xFFFF)))
+            ranges = common_ranges(without(ranges), _BASIC)
+        self.classes = True
         text = "".join(f"\\u{a:04x}-\\u{b:04x}" for a, b in ranges)
         return text if inside else f"[{text}]"
 
     def term(self, around: Term) -> Term:
         """The whole pattern, with `around` at each end that has no anchor."""
-        return alt(self._path(path, around, around) for path in self._paths(list(self.tree)))
+        return alt(self._path(path, around, around, around == EMPTY) for path in self._paths(list(self.tree)))
 
     # paths: the pattern's alternatives as far as anchors and lookarounds stand in them
 
@@ -657,11 +673,27 @@ class Regex:
                 self.refuse("a regex with anchors or lookarounds in so many alternatives")
         return paths
 
-    def _path(self, path: list[Any], before: Term, after: Term) -> Term:
+    def _seen(self, items: list[Any], negated: bool) -> list[list[Any]]:
+        """The paths of a lookaround."""
+        self.wide ^= negated
+        try:
+            return self._paths(items)
+        finally:
+            self.wide ^= negated
+
+    def _begins(self, part: Any) -> bool:
+        """Is it a lookahead that sees the beginning of the text?"""
+        return isinstance(part, tuple) and part[:2] == (1, False) and all(p[:1] == ["^"] for p in self._seen(part[2], False))
+
+    def _path(self, path: list[Any], before: Term, after: Term, first: bool) -> Term:
+        """`first`: an empty `before` is the beginning of the text; else something that is not known stands before it."""
+        path = [one for part in path for one in (["^", part] if self._begins(part) else [part])]
         starts = [i for i, part in enumerate(path) if part == "^"]
         stops = [i for i, part in enumerate(path) if part == "$"]
+        if before == EMPTY and not first and (starts or any(isinstance(part, tuple) and part[0] < 0 for part in path)):
+            self.refuse("a regex lookahead in the middle that looks back")
         if starts:
-            path, before = self._emptied(path[: starts[-1]], -1) + path[starts[-1] + 1 :], EMPTY
+            path, before, first = self._emptied(path[: starts[-1]], -1) + path[starts[-1] + 1 :], EMPTY, True
             stops = [i for i, part in enumerate(path) if part == "$"]
         if stops:
             path, after = path[: stops[0]] + self._emptied(path[stops[0] + 1 :], 1), EMPTY
@@ -669,19 +701,23 @@ class Regex:
             return NONE
         behind = [i for i, part in enumerate(path) if isinstance(part, tuple) and part[0] < 0]
         if behind:
-            left = self._path(path[: behind[-1]], before, EMPTY)
+            left = self._path(path[: behind[-1]], before, EMPTY, first)
             if any(isinstance(part, tuple) and part[0] > 0 for part in path[: behind[-1]]):
                 self.refuse("a regex lookahead before a lookbehind")
             _, negated, items = path[behind[-1]]
-            seen = alt(self._path(inner, ANY, EMPTY) for inner in self._paths(items))
-            return seq(both(left, other(seen) if negated else seen), self._path(path[behind[-1] + 1 :], EMPTY, after))
+            inside = self._seen(items, negated)
+            if any(part == "$" or (isinstance(part, tuple) and part[0] > 0) for inner in inside for part in inner):
+                self.refuse("a regex lookbehind that looks ahead")
+            seen = alt(self._path(inner, ANY, EMPTY, False) for inner in inside)
+            return seq(both(left, other(seen) if negated else seen), self._path(path[behind[-1] + 1 :], EMPTY, after, False))
         rest = after
-        for part in reversed(path):
+        for i, part in reversed([*enumerate(path)]):
             if isinstance(part, Term):
                 rest = seq(part, rest)
                 continue
             _, negated, items = part
-            seen = alt(self._path(inner, EMPTY, ANY) for inner in self._paths(items))
+            begins = first and before == EMPTY and not any(isinstance(one, Term) for one in path[:i])
+            seen = alt(self._path(inner, EMPTY, ANY, begins) for inner in self._seen(items, negated))
             rest = (
                 NONE
                 if seen is NONE and not negated
@@ -697,8 +733,8 @@ class Regex:
         for part in parts:
             if isinstance(part, Term) and not nullable(part):
                 out.append(None)
-            elif isinstance(part, tuple) and part[0] != side:
-                out.append(part)
+            elif (isinstance(part, tuple) and part[0] != side) or (part == "$" and side < 0):
+                out.append(part)  # an end before a beginning: all that follows matches nothing, too
             elif isinstance(part, tuple):
                 self.refuse("a regex lookaround outside an anchor")
         return out
@@ -734,16 +770,19 @@ class Regex:
         for op, value in items[negated:]:
             if str(op) == "CATEGORY":
                 name = str(value).removeprefix("CATEGORY_")
-                if negated:  # not in the class, for every reader
-                    opposite = name.removeprefix("NOT_") if name.startswith("NOT_") else "NOT_" + name
-                    keep = common_ranges(keep, _category(opposite))
+                if negated:
+                    keep = common_ranges(keep, _category(_opposite(name), self.wide))
                 else:
-                    found += _category(name)
+                    found += _category(name, self.wide)
             else:
                 found.append((value, value) if str(op) == "LITERAL" else value)
+        astral = ((0x10000, 0x10FFFF),) if self.classes and self.wide else ()
         if not negated:
+            found += astral
             return self._ranges(self._folded(ordered(found)) if self.fold else ordered(found), ALL)
-        return self._ranges(common_ranges(self._opposite(ordered(found)), keep), self.dot)
+        if self.classes and not self.wide:
+            keep = common_ranges(keep, _BASIC)
+        return self._ranges(common_ranges(ordered([*self._opposite(ordered(found)), *astral]), keep), self.dot)
 
     def _opposite(self, ranges: Ranges) -> Ranges:
         return without(self._folded(ranges) if self.fold else ranges)
@@ -781,7 +820,7 @@ class Regex:
     _OPS: dict[str, Callable[..., Term]] = {
         "LITERAL": _literal,
         "NOT_LITERAL": lambda self, code: self._in([("NEGATE", None), ("LITERAL", code)]),
-        "ANY": lambda self, _: Term("set", ranges=common_ranges(without([(10, 10), (13, 13), (0x2028, 0x2029)]), self.dot)),
+        "ANY": lambda self, _: Term("set", ranges=common_ranges(without(_ENDS_OF_LINES[: 1 if self.wide else None]), self.dot)),
         "IN": _in,
         "BRANCH": lambda self, value: alt(self._items(branch) for branch in value[1]),
         "SUBPATTERN": _group,
@@ -791,9 +830,9 @@ class Regex:
 
 
 @lru_cache(maxsize=512)
-def pattern_term(pattern: str) -> Term:
-    """The texts in which the pattern is found (JSON Schema's `pattern`)."""
-    return Regex(pattern, ALL, " in 'pattern'").term(ANY)
+def pattern_term(pattern: str, wide: bool = False) -> Term:
+    """The texts in which the pattern is found (JSON Schema's `pattern`); `wide`: in which some reader may find it."""
+    return Regex(pattern, ALL, " in 'pattern'", wide).term(ANY)
 
 
 # ---- numbers in JSON
@@ -861,7 +900,8 @@ _FRACTION = seq(lit("."), rep(DIGIT, 1, DIGITS))
 _WHOLE = alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, DIGITS - 1))])
 _UNSIGNED = seq(_WHOLE, rep(_FRACTION, 0, 1), rep(_EXPONENT, 0, 1))
 NUMBER = seq(rep(lit("-"), 0, 1), _UNSIGNED)
-_SMALL = seq(NONZERO, rep(_FRACTION, 0, 1), chars("ee", "EE"), lit("-"), rep(lit("0"), 0, 1), NONZERO)  # over 0, under 1
+_TENTHS = rep(seq(lit("."), rep(DIGIT, 1, 14)), 0, 1)  # 9.99 and more nines times e-1 would be read as 1
+_SMALL = seq(NONZERO, alt(seq(digits, chars("ee", "EE"), lit("-"), rep(lit("0"), 0, 1), last) for digits, last in ((_TENTHS, lit("1")), (rep(_FRACTION, 0, 1), chars("29")))))  # fmt: skip
 
 Bound = tuple[Fraction, bool]  # and whether it is left out
 

@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import random
+import subprocess
+import sys
 import tarfile
 from typing import Any
 
@@ -102,7 +104,71 @@ MEANINGS: list[tuple[Any, list[str], list[str]]] = [
     ({"properties": {"a": {"title": "A", "type": "null"}, "b": {"type": "null", "default": 1}, "c": {"properties": {"a": {"type": "null"}}}}, "type": "object"},
      ['{"a":null,"b":null,"c":{"a":null,"b":1}}'], ['{"a":1}', '{"b":1}', '{"c":{"a":1}}']),
     ({"enum": [["a"], {"k": 1}, "x"], "type": ["array", "object"], "minItems": 1}, ['["a"]', '{"k":1}'], ['"x"']),
+    ({"type": "number", "not": {"multipleOf": 1}}, ["1.5", "10.50", "-0.1"], ["1.0", "2.00", "0.0", "-1.0", "100"]),
+    ({"not": {"multipleOf": 3}}, ["4.0", "31", "0.3"], ["3.0", "30", "0"]),
+    ({"type": "number", "oneOf": [{"multipleOf": 0.5}, {"multipleOf": 0.25}]}, ["1.25"], ["1.50", "1.5", "2"]),
+    ({"enum": [[1], []], "unevaluatedItems": False}, ["[]"], ["[1]"]),
+    ({"type": "object", "enum": [{"a": 1}, {"b": 2}], "properties": {"b": True}, "unevaluatedProperties": False}, ['{"b":2}'], ['{"a":1}']),
+    ({"type": "number", "maximum": 1.7976931348623157e308, "exclusiveMaximum": 5}, ["4", "-1"], ["6", "5"]),
+    ({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, ["9.9e-1", "1.234567890123456e-5"], ["9.9999999999999999e-1", "1"]),
+    ({"type": "array", "items": False, "uniqueItems": True}, ["[]"], ["[1]"]),
+    ({"type": "string", "pattern": "^$^"}, ['""'], ['"a"']),
+    ({"type": "string", "pattern": "^($|b)^"}, ['""'], ['"b"', '"cabb"']),
+    ({"type": "string", "pattern": "(?=^.{4,}$)(?=.*[0-9])[a-z0-9]*$"}, ['"abc1"'], ['"ab1"', '"abcd"']),
+    ({"type": "string", "pattern": "^(?!^[0-9])[a-z0-9]+$"}, ['"a1"'], ['"1a"']),
+    ({"type": "string", "pattern": r"^[\w-\.]+@([\w-]+\.)+[\w-]{2,4}$"}, ['"a-b.c@x.org"'], ['"@x.org"', '"a b@x.org"']),
 ]  # fmt: skip
+# Where readers differ, or take the last of two: (schema, texts that satisfy it for all, texts that do not for some)
+DISPUTED: list[tuple[Any, list[str], list[str]]] = [
+    ({"pattern": r"^(?!\s*$).+", "type": "string"}, ['"a"', '" a"', '"é"'], ['" "', '"\u00a0"', '"\u3000"']),
+    ({"not": {"pattern": r"\s"}, "type": "string"}, ['"ab"', '"é"'], ['"a b"', '"a\u00a0b"', '"\u2003"', '"\ufeff"']),
+    ({"pattern": r"^(?!.*\d).*$", "type": "string"}, ['"ab"'], ['"1"', '"\u0663"']),
+    ({"pattern": r"^(?!.*[^\w]).*$", "type": "string"}, ['"ab"'], ['"-"', '"\u00e9"']),
+    ({"not": {"pattern": "^.$"}, "type": "string"}, ['""', '"ab"'], ['"a"', '"\u2028"']),
+    ({"pattern": r"^(?!.*\p{L}).*$", "type": "string"}, ['"12"'], ['"a"', '"\U0001d49c"']),
+    ({"pattern": r"^[^\p{L}]$", "type": "string"}, ['"1"'], ['"a"', '"\U0001d49c"']),
+    ({"patternProperties": {r"^\w$": {"type": "null"}}, "additionalProperties": {"type": "integer"}, "type": "object"}, ['{"a":null,"--":1}'], ['{"é":1}', '{"a":1}']),
+    ({"type": "object", "not": {"additionalProperties": {"type": "integer"}}}, ['{"x":"s"}', '{"a":1,"x":"s"}'], ['{"x":"s","x":1}', '{"a":1}', "{}"]),
+    ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}, "not": {"patternProperties": {"^x": {"minimum": 5}}}},
+     ['{"x":9,"x":1}', '{"a":"","x":1}'], ['{"x":1,"x":9}', '{"x":9}', "{}"]),
+]  # fmt: skip
+REFUSED: list[tuple[Any, str]] = [
+    ({"type": "number", "maximum": 1e40}, "'maximum'"),
+    ({"type": "number", "minimum": 1e-50}, "'minimum'"),
+    ({"const": {"a": 1}, "unevaluatedProperties": False}, "no value"),
+    ({"type": "string", "pattern": r"(?!^\d+$).+"}, "looks back"),
+    ({"type": "string", "pattern": r"(?=(?<!b))\W$"}, "looks back"),
+    ({"type": "string", "pattern": "(?<=a$)b"}, "looks ahead"),
+]
+
+
+@pytest.mark.parametrize("schema,good,bad", DISPUTED, ids=range(len(DISPUTED)))
+def test_what_readers_dispute_is_neither(schema: Any, good: list[str], bad: list[str]) -> None:
+    for takes in (taker(c.schema_grammar(schema)), guided(c.lark_grammar(c.schema_grammar(schema)))):
+        assert [text for text in good if not takes(text)] == []
+        assert [text for text in bad if takes(text)] == []
+
+
+@pytest.mark.parametrize("schema,word", REFUSED, ids=range(len(REFUSED)))
+def test_refused_by_name(schema: Any, word: str) -> None:
+    with pytest.raises(c.Unsupported, match=word):
+        c.schema_grammar(schema)
+
+
+DEEP = """
+import llguidance, numpy, constraints, guidance
+guides = guidance.Guides(numpy, llguidance.LLTokenizer("byte"), 256, frozenset([0]))
+chain = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1900)} | {"d1900": {}}
+for schema in ({"type": "integer", "multipleOf": 1999}, {"$ref": "#/$defs/d0", "$defs": chain}):
+    assert guides.start(constraints.writing_grammar(schema)).allowed().any()
+"""
+
+
+def test_rules_one_below_the_other_do_not_overflow_the_stack() -> None:
+    """The engine's process would be gone, without a word."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    done = subprocess.run([sys.executable, "-c", DEEP], cwd=pathlib.Path(c.__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("schema,good,bad", MEANINGS, ids=range(len(MEANINGS)))
