@@ -21,10 +21,14 @@ from model_init import ROLES, Limits
 
 
 class Kind(NamedTuple):
-    """A type with its range: `says` completes "must be …", `read` returns the value or raises ValueError."""
+    """A type with its range: `says` completes "must be …", `read` returns the value or raises ValueError.
+
+    `keys`: what it reads of objects, or arrays of them, and of what is in these; None: all, or there is nothing to be read.
+    """
 
     says: str
     read: Callable[[Any], Any]
+    keys: dict[str, Any] | None = None
 
 
 def check(condition: bool) -> None:
@@ -353,11 +357,7 @@ def read_function(function: Any, where: str) -> dict[str, Any]:
     ):
         if not isinstance(function.get(key), (kind, type(None))):
             raise ApiError(400, f"'{where}.{key}' must be {says}.", f"{where}.{key}")
-    kept = {
-        key: value
-        for key, value in function.items()
-        if value is not None and key in ("name", "description", "parameters", "strict")
-    }
+    kept = {key: value for key, value in function.items() if value is not None and key in FUNCTION_KEYS}
     return {"description": "", "parameters": {"type": "object", "properties": {}}} | kept
 
 
@@ -402,15 +402,17 @@ def read_function_call(value: Any) -> ToolChoice:
     return ToolChoice("required", (value["name"],))
 
 
+FUNCTION_KEYS = dict.fromkeys(("name", "description", "parameters", "strict"))
 TOOLS = Kind(
     f'an array of up to {MOST_TOOLS} of {{"type": "function", "function": {{"name", "description", "parameters", "strict"}}}}',
     read_tools,
+    {"type": None, "function": FUNCTION_KEYS},
 )
 TOOL_CHOICE = Kind(
     'none, auto, required, {"type": "function", "function": {"name": …}}, or {"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}',
     read_tool_choice,
 )
-FUNCTIONS = Kind(f"an array of up to {MOST_TOOLS} of {{name, description, parameters}}", read_functions)
+FUNCTIONS = Kind(f"an array of up to {MOST_TOOLS} of {{name, description, parameters}}", read_functions, FUNCTION_KEYS)
 FUNCTION_CALL = Kind('none, auto, or {"name": …}', read_function_call)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
@@ -531,7 +533,13 @@ def read_content(content: Any, where: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-MESSAGES = Kind("a non-empty array of {role, content}", read_messages)
+CALL_KEYS = {"name": None, "arguments": None}
+MESSAGE_KEYS = dict.fromkeys(("role", "name", "tool_call_id", "reasoning", "reasoning_content")) | {
+    "content": dict.fromkeys(("type", "text", "cache_control")),  # the last changes nothing: what can be reused is
+    "tool_calls": {"id": None, "type": None, "index": None, "function": CALL_KEYS},
+    "function_call": CALL_KEYS,
+}
+MESSAGES = Kind("a non-empty array of {role, content}", read_messages, MESSAGE_KEYS)
 
 
 # ────────────────────────────────────────────────── the tables ───────────────────────────────────────────────────
@@ -743,6 +751,7 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
             values[name] = field_.kind.read(value)
         except (ValueError, OverflowError):
             raise ApiError(400, f"'{sent}' must be {field_.kind.says}.", sent) from None
+        ignored += unread(value, field_.kind.keys, sent)
     if strict and ignored:
         raise ApiError(
             400, f"'{ignored[0]}' is not a field of this route (--strict): leave it out.", ignored[0], "unknown_parameter"
@@ -752,6 +761,21 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
             refuse_lacking(param, feature, engine, says.replace("`", "'"))
     ignored += [place for value in values.values() if isinstance(value, Constraint) for place in value.unknown()]
     return Fields(values, ignored)
+
+
+def unread(value: Any, keys: dict[str, Any] | None, place: str) -> list[str]:
+    """The places of what stands in a value and is not read. null and what is empty say nothing: clients send replies back whole."""
+    if isinstance(value, list):
+        return [one for i, item in enumerate(value) for one in unread(item, keys, f"{place}[{i}]")]
+    if keys is None or not isinstance(value, dict):
+        return []
+    found = []
+    for name, inner in value.items():
+        if name in keys:
+            found += unread(inner, keys[name], f"{place}.{name}")
+        elif inner not in (None, [], {}):
+            found.append(f"{place}.{name[:64]}")
+    return found
 
 
 def same_value(a: Any, b: Any) -> bool:

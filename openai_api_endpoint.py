@@ -146,7 +146,8 @@ class Handler(Connection):
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         peer = str(self.client_address[0])
         self.identity = access.client(peer, self.headers, action in OPERATORS, action in OPEN_TO_ALL)
-        self.body = self.read_body()
+        if action not in WITHOUT_BODY or self.unread != 0:
+            self.body = self.read_body()
         action(self, *argument)
 
     def find_path(self) -> str:
@@ -969,6 +970,7 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/detokenize": {"POST": Routes.post_detokenize},
     "/apply-template": {"POST": Routes.post_apply_template},
 }
+WITHOUT_BODY = {Dialects.post_cancel}  # a POST that says no length has none
 OPERATORS = {Routes.post_load, Routes.post_unload}  # only with --admin
 OPEN_TO_ALL = {Routes.get_root, Routes.get_health, Routes.get_healthz}  # no API key needed
 
@@ -1064,6 +1066,7 @@ class Server(HttpServer):
 
     def note_ignored(self, names: list[str]) -> None:
         for name in (name[:64] for name in names):
+            name = re.sub(r"\[[0-9]+\]", "[…]", name)
             if name not in self.ignored_seen and len(self.ignored_seen) < 1000:
                 self.ignored_seen.add(name)
                 log.warning("request field %.64r is unknown and ignored (said once)", name)
@@ -1086,6 +1089,16 @@ class Server(HttpServer):
                 append_line(self.record, data)
         except OSError as error:
             log.error("--record %s: %s", self.record, error)
+
+
+def opened_record(path: str) -> str:
+    """Where nothing can be written is told at the start. Raises UsageError."""
+    try:
+        if path:
+            append_line(path, b"")
+    except OSError as error:
+        raise UsageError(f"--record {path}: {error.strerror}") from None
+    return path
 
 
 def append_line(path: str, line: bytes) -> None:
@@ -1311,7 +1324,7 @@ def listening(server: Server) -> str:
         "embed": ("/v1/embeddings", '"input":["The cat sat on the mat.","A cat was sitting on a rug."]'),
         "rerank": ("/v1/rerank", '"query":"Where is the cat?","documents":["On the mat.","In 1789."]'),
     }.get(names[0].task if names else "", (
-        "/v1/chat/completions", f'"messages":[{{"role":"user","content":"What is the capital of France?"}}]{stream}'
+        "/v1/chat/completions", f'"messages":[{{"role":"user","content":"What is the capital of France?"}}],"max_tokens":64{stream}'
     ))  # fmt: skip
     return f"""\
   listening on {where}  ({"a chat, in a browser; " if server.page else ""}OpenAI base_url: {url}/v1)
@@ -1349,7 +1362,7 @@ class Service:
                 self.models,
                 request_timeout=args.request_timeout,
                 strict=args.strict,
-                record=args.record,
+                record=opened_record(args.record),
                 profile=profile,
                 access=access_of(args),
                 limits=limits_of(args),

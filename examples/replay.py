@@ -4,12 +4,14 @@
     python openai_api_endpoint.py --record requests.jsonl
     python examples/replay.py requests.jsonl [http://localhost:8000]
 
+Chats and completions; a server that wants a key gets $OPENAI_API_KEY.
 Each is sent with the sampling and the seed that were really used, without streaming. The same engine with the same
 settings gives the same text, up to its arithmetic: what else runs in the batch may round a logit differently.
 """
 
 import difflib
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -22,7 +24,8 @@ def ask(url: str, record: dict[str, Any]) -> dict[str, Any]:
     used = record["debug"]["prompts"][0]["sampling"]
     body = {name: value for name, value in record["body"].items() if name not in ("stream", "stream_options", *SAMPLING)}
     body |= {name: used[name] for name in SAMPLING} | {"return_prompt": True}
-    request = urllib.request.Request(url + record["path"], json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    request = urllib.request.Request(url + record["path"], json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request) as reply:
             answer: dict[str, Any] = json.load(reply)
@@ -65,7 +68,7 @@ def compare(record: dict[str, Any], reply: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__)
     url = sys.argv[2].rstrip("/") if len(sys.argv) > 2 else "http://localhost:8000"
     differing = count = 0
@@ -73,6 +76,9 @@ def main() -> None:
         lines = f.readlines()  # the server may be recording into this very file
     for line in lines:
         record = json.loads(line)
+        if not record["path"].endswith("/completions"):
+            print(f"{record['id']}: not run again, since it came to {record['path']}")
+            continue
         difference = compare(record, ask(url, record))
         count += 1
         differing += bool(difference)

@@ -180,6 +180,22 @@ def test_ignored_fields_are_named(scripted, caplog):
     assert len([r for r in caplog.records if "bogus" in r.getMessage()]) == 1
 
 
+def test_what_is_not_read_inside_a_field_is_named(scripted):
+    """Clients send replies back whole: what is null or empty in them says nothing."""
+    call = {"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}", "more": 1}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "echo x", "cache_control": {"type": "ephemeral"}, "odd": 0}]},
+        {"role": "assistant", "content": "", "refusal": None, "annotations": [], "audio": {"id": "a"}, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "y", "name": "f"},
+    ]
+    tools = [{"type": "function", "extra": True, "function": {"name": "f", "parameters": {"x-odd": 1}, "returns": "int"}}]
+    status, _, headers = scripted.chat("x", messages=messages, tools=tools)
+    assert (status, headers["X-Ignored-Fields"].split(", ")) == (200, [
+        "messages[0].content[0].odd", "messages[1].audio", "messages[1].tool_calls[0].function.more",
+        "tools[0].extra", "tools[0].function.returns",
+    ])  # fmt: skip
+
+
 def test_unknown_words_of_a_schema_are_named(scripted, caplog):
     """They constrain nothing, so they are told as unknown fields are, with the word that was perhaps meant; the format is one."""
     schema = {"type": "integer", "x-unit": "m", "minimun": 3, "properties": {"a": {"format": "colour", "title": "A"}}}
@@ -534,6 +550,8 @@ def test_tokenize(scripted):
 def test_strict(tmp_path):
     with serve_scripted(tmp_path, strict=True) as served:
         assert served.chat("echo x", bogus=1)[1]["error"]["param"] == "bogus"
+        status, reply, _ = served.chat("x", messages=[{"role": "user", "content": "echo x", "bogus": 1}])
+        assert (status, reply["error"]["param"]) == (400, "messages[0].bogus")
 
 
 def test_nothing_leaks(scripted):

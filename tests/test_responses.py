@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -682,6 +683,16 @@ def test_cancel(scripted):
     assert status_of(scripted, body["id"]) == "cancelled"
     until(lambda: any(line.startswith("cancel") for line in scripted.calls()))
     until(lambda: not scripted.models.engine.jobs)
+
+
+def test_cancel_needs_no_body(scripted):
+    """As the reference's curl says it: a POST without a length."""
+    _, body, _ = scripted.request("POST", "/v1/responses", {"input": "forever", "background": True})
+    head = f"POST /v1/responses/{body['id']}/cancel HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with socket.create_connection((scripted.host, scripted.port), timeout=60) as sock:
+        sock.sendall(head)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert status_of(scripted, body["id"]) == "cancelled"
 
 
 def test_deleted_while_it_is_made(scripted):
