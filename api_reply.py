@@ -149,8 +149,8 @@ class Completion:
         return None
 
     def finishes(self) -> Iterable[str]:
-        """How each choice ended, for the counters."""
-        return [choice.finish or "aborted" for choice in self.choices]
+        """How each choice ended, for the counters; none was begun where the engine has not taken the prompt."""
+        return [choice.finish or "aborted" for choice in self.choices] if self.started_at else []
 
     def usage(self) -> dict[str, Any]:
         details = (

@@ -54,7 +54,7 @@ def integer(low: int, high: int) -> Kind:
         return int(value)
 
     if high == BIG:
-        return Kind("an integer" if low == -BIG else f"an integer, {low} or more", read)
+        return Kind("an integer of up to 63 bits" if low == -BIG else f"an integer, {low} or more", read)
     return Kind(f"an integer from {low} to {high}", read)
 
 

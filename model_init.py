@@ -219,7 +219,7 @@ def add_limit_args(group: argparse._ArgumentGroup) -> None:
         help="slots: requests that a model runs at once (default 8)")  # fmt: skip
     add("--max-queue", type=whole(-1, 1 << 30), default=32, metavar="N",
         help="requests that may wait for a slot, -1: any number (default 32)")  # fmt: skip
-    add("--request-timeout", type=seconds, default=600.0, metavar="S",
+    add("--request-timeout", type=some_seconds, default=600.0, metavar="S",
         help="longest answer; between two chunks when streaming (default 600)")  # fmt: skip
     add("--load-timeout", type=seconds, default=1800.0, metavar="S", help="longest load of a model (default 1800)")
     add("--engine-silence", type=seconds, default=300.0, metavar="S",
@@ -265,6 +265,12 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def some_seconds(text: str) -> float:
+    if value := seconds(text):
+        return value
+    raise argparse.ArgumentTypeError("0 s is no time at all: nothing could be answered")
 
 
 def seconds(text: str) -> float:

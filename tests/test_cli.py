@@ -45,6 +45,7 @@ def one_line(text):
         (["--modle-dir", "x"], "did you mean --model-dir"),
         (["--max_parralel=2"], "did you mean --max-parallel"),
         (["--models-dir", "/no/such/folder"], "no such folder"),
+        (["--request-timeout", "0"], "nothing could be answered"),
         (["--record", "/no/such/folder/file"], "--record /no/such/folder/file: No such file or directory"),
         (["--models-dir", "@empty", "--default-model", "x"], "no model 'x'"),
         (["--models-dir", "@empty", "--preload", "x"], "no model 'x'"),

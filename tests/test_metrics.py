@@ -119,6 +119,8 @@ def test_kv_tokens_of_a_running_request(counting):
 def test_refusals_restarts_and_memory(counting):
     counting.chat("x", temperature=9)
     counting.chat("x" * 3000)
+    answered(counting, 2, 400)
+    assert b"finish_reason=" not in counting.request("GET", "/metrics")[1]  # nothing was begun
     counting.request("GET", "/nonsense")
     counting.chat("die")
     counting.wait_ready()
