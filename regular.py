@@ -701,15 +701,15 @@ class Regex:
             return NONE
         behind = [i for i, part in enumerate(path) if isinstance(part, tuple) and part[0] < 0]
         if behind:
-            left = self._path(path[: behind[-1]], before, EMPTY, first)
-            if any(isinstance(part, tuple) and part[0] > 0 for part in path[: behind[-1]]):
-                self.refuse("a regex lookahead before a lookbehind")
+            left, tail = self._path(path[: behind[-1]], before, EMPTY, first), path[behind[-1] + 1 :]
+            if (tail or after != EMPTY) and any(isinstance(part, tuple) and part[0] > 0 for part in path[: behind[-1]]):
+                self.refuse("a regex lookahead before a lookbehind that is not at the end")  # it sees what follows that
             _, negated, items = path[behind[-1]]
             inside = self._seen(items, negated)
             if any(part == "$" or (isinstance(part, tuple) and part[0] > 0) for inner in inside for part in inner):
                 self.refuse("a regex lookbehind that looks ahead")
             seen = alt(self._path(inner, ANY, EMPTY, False) for inner in inside)
-            return seq(both(left, other(seen) if negated else seen), self._path(path[behind[-1] + 1 :], EMPTY, after, False))
+            return seq(both(left, other(seen) if negated else seen), self._path(tail, EMPTY, after, False))
         rest = after
         for i, part in reversed([*enumerate(path)]):
             if isinstance(part, Term):

@@ -115,6 +115,8 @@ MEANINGS: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "string", "pattern": "^$^"}, ['""'], ['"a"']),
     ({"type": "string", "pattern": "^($|b)^"}, ['""'], ['"b"', '"cabb"']),
     ({"type": "string", "pattern": "(?=^.{4,}$)(?=.*[0-9])[a-z0-9]*$"}, ['"abc1"'], ['"ab1"', '"abcd"']),
+    ({"type": "string", "pattern": r"^(?=.{3,8}$)(?![_.])(?!.*[_.]{2})[a-z._]+(?<![_.])$"},
+     ['"abc"', '"a.b_c"'], ['"ab"', '"_abc"', '"a..b"', '"abc."', '"abcdefghi"']),
     ({"type": "string", "pattern": "^(?!^[0-9])[a-z0-9]+$"}, ['"a1"'], ['"1a"']),
     ({"type": "string", "pattern": r"^[\w-\.]+@([\w-]+\.)+[\w-]{2,4}$"}, ['"a-b.c@x.org"'], ['"@x.org"', '"a b@x.org"']),
 ]  # fmt: skip
