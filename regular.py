@@ -731,7 +731,7 @@ class Regex:
         """What stands outside an anchor must match nothing: lookarounds stay, terms go where they may be empty, else no text fits."""
         out: list[Any] = []
         for part in parts:
-            if isinstance(part, Term) and not nullable(part):
+            if part is None or (isinstance(part, Term) and not nullable(part)):
                 out.append(None)
             elif (isinstance(part, tuple) and part[0] != side) or (part == "$" and side < 0):
                 out.append(part)  # an end before a beginning: all that follows matches nothing, too

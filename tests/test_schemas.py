@@ -135,6 +135,7 @@ DISPUTED: list[tuple[Any, list[str], list[str]]] = [
      ['{"x":9,"x":1}', '{"a":"","x":1}'], ['{"x":1,"x":9}', '{"x":9}', "{}"]),
 ]  # fmt: skip
 REFUSED: list[tuple[Any, str]] = [
+    ({"type": "string", "pattern": "$a^"}, "no value"),
     ({"type": "number", "maximum": 1e40}, "'maximum'"),
     ({"type": "number", "minimum": 1e-50}, "'minimum'"),
     ({"const": {"a": 1}, "unevaluatedProperties": False}, "no value"),
