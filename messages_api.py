@@ -375,6 +375,12 @@ class Turn:
         """Whether a model that cannot reason as it is asked to does not matter. A budget is asked for by name."""
         return bool(self.values.get("thinking", {}).get("type") != "enabled")
 
+    def unheeded(self, template: Json) -> list[str]:
+        """What is asked for as a hint, and the model's template (what GET /v1/capabilities says of it) has no switch for."""
+        hint = self.lenient and self.values.get("output_config", {}).get("effort")
+        switches = template.get("thinking_switch") or template.get("reasoning_efforts")
+        return ["output_config.effort"] if hint and template and not switches else []
+
     def tools(self) -> Json:
         tools, choice = self.values.get("tools") or [], self.values.get("tool_choice", {"type": "auto"})
         if not tools:

@@ -242,8 +242,10 @@ class Handler(Connection):
 
     def ignore(self, names: list[str]) -> None:
         self.server.note_ignored(names)
+        told = [value for header, value in self.extra if header == "X-Ignored-Fields"]
+        told += [ascii(name)[1:-1][:64] for name in names[:32]]
         if names:
-            self.extra.append(("X-Ignored-Fields", ", ".join(ascii(name)[1:-1][:64] for name in names[:32])))
+            self.extra = [one for one in self.extra if one[0] != "X-Ignored-Fields"] + [("X-Ignored-Fields", ", ".join(told))]
 
     def read_chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """What a dialect has made a chat request of, read as one."""
@@ -925,6 +927,8 @@ class Dialects(Routes):
         values["max_tokens"] = min(values["max_tokens"], limit or values["max_tokens"])
         turn = self.messages_turn(values)
         values = self.read_chat(turn.chat)
+        life = self.server.models.lives.get(self.model.id)
+        self.ignore(turn.unheeded(life.engine.syntax() if life and life.engine else {}))
 
         def render(completion: Completion) -> Rendering:
             return messages_api.Answer(completion, turn)

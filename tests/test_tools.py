@@ -407,3 +407,13 @@ def test_what_was_found_is_told(served, plain):
     assert found["tool_calls"] == "found: json" and found["reasoning"] == ["<think>", "</think>"]
     assert found["thinking_switch"] == "enable_thinking" and found["thinks_by_default"]
     assert plain.request("GET", "/v1/capabilities")[1]["template"]["tool_calls"] is None
+
+
+def test_a_hint_that_nothing_heeds_is_named(served, plain):
+    body = {"max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}], "output_config": {"effort": "low"}}
+    for where, told in ((served, None), (plain, "output_config.effort")):
+        where.request("GET", "/v1/capabilities")  # the template has been looked at
+        status, _, headers = where.request("POST", "/v1/messages", body)
+        assert (status, headers.get("X-Ignored-Fields")) == (200, told)
+    headers = plain.request("POST", "/v1/messages", body | {"bogus": 1})[2]
+    assert headers["X-Ignored-Fields"] == "bogus, output_config.effort"
