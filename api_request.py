@@ -751,7 +751,7 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
             values[name] = field_.kind.read(value)
         except (ValueError, OverflowError):
             raise ApiError(400, f"'{sent}' must be {field_.kind.says}.", sent) from None
-        ignored += unread(value, field_.kind.keys, sent)
+        ignored += strays(value, field_.kind.keys, sent)
     if strict and ignored:
         raise ApiError(
             400, f"'{ignored[0]}' is not a field of this route (--strict): leave it out.", ignored[0], "unknown_parameter"
@@ -763,16 +763,18 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
     return Fields(values, ignored)
 
 
-def unread(value: Any, keys: dict[str, Any] | None, place: str) -> list[str]:
+def strays(value: Any, keys: dict[str, Any] | None, place: str) -> list[str]:
     """The places of what stands in a value and is not read. null and what is empty say nothing: clients send replies back whole."""
+    if keys is None:
+        return []
     if isinstance(value, list):
-        return [one for i, item in enumerate(value) for one in unread(item, keys, f"{place}[{i}]")]
-    if keys is None or not isinstance(value, dict):
+        return [one for i, item in enumerate(value) for one in strays(item, keys, f"{place}[{i}]")]
+    if not isinstance(value, dict):
         return []
     found = []
     for name, inner in value.items():
         if name in keys:
-            found += unread(inner, keys[name], f"{place}.{name}")
+            found += strays(inner, keys[name], f"{place}.{name}")
         elif inner not in (None, [], {}):
             found.append(f"{place}.{name[:64]}")
     return found

@@ -550,7 +550,7 @@ class Shapes(Meetings):
         return Number(node.get("type") == "integer", low, high, step)
 
     def bounds(self, node: dict[str, Any], item: Item) -> tuple[Bound | None, Bound | None]:
-        """Without those that no number which is written here comes up to."""
+        """Without those that no number which is written here comes up to: the most that NUMBER has is 20 digits and e99."""
         kept = dict(node)
         for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
             if isinstance(bound := node.get(word), bool) or not bound:

@@ -405,11 +405,8 @@ class Connection(socketserver.BaseRequestHandler):
             return False
 
     def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.connection is self.request:
-                # A close alone says RST where something is unread, and the client may lose what it was sent.
-                self.connection.shutdown(socket.SHUT_WR)
-            else:  # wrapped in TLS
+        if self.connection is not self.request:  # wrapped in TLS
+            with contextlib.suppress(OSError):
                 self.connection.close()
 
     # ── one request ──
@@ -733,13 +730,19 @@ class Threads:
 
     def keep(self, count: int) -> None:
         """So many are to be there, before anything is given to them. Raises RuntimeError: no more threads."""
-        with self.lock:
-            leaving = min(self.idle, max(0, self.kept - count))
-            self.kept, self.idle = count, self.idle - leaving
-        for _ in range(leaving):
-            self.given.put(None)
+        if count < self.kept:
+            self.dismiss(count)
+        self.kept = count
         while self.all < count:
             self.start(None)
+
+    def dismiss(self, left: int = 0) -> None:
+        """Of those that wait so many leave at once that `left` are there, and those that work once they have waited."""
+        with self.lock:
+            leaving = min(self.idle, max(0, self.all - left))
+            self.kept, self.idle = left, self.idle - leaving
+        for _ in range(leaving):
+            self.given.put(None)
 
     def run(self, work: Callable[[], None]) -> None:
         """At once: by one that waits, else by a new one. Raises RuntimeError: no more threads."""
@@ -777,10 +780,6 @@ class Threads:
                 if self.idle and self.all > self.kept:  # none idle: who waits is meant for what has just been given
                     self.idle -= 1
                     return None
-
-    def close(self) -> None:
-        """Those that wait leave, and those that work once they have waited."""
-        self.keep(0)
 
 
 class PeerWatch:
@@ -918,20 +917,20 @@ class HttpServer(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 request.setblocking(False)
                 request.send(self.full)
-                request.shutdown(socket.SHUT_WR)
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.workers.run(lambda: self.process_request_thread(request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
-        self.close_request(request)
+        """Not a mere close: that says RST where something is unread, and the client may lose what it was sent."""
+        super().shutdown_request(request)
         self.seats.leave(request)
 
     def server_close(self) -> None:
         super().server_close()
         self.peers.close()
-        self.workers.close()
+        self.workers.dismiss()
         if self.bound:
             self.bound = False
             with contextlib.suppress(OSError):

@@ -118,6 +118,7 @@ PREFLIGHT = (
 LARGE_BODY = 1 << 20  # bytes
 LARGE_ONES = threading.Lock()  # are read one by one: their JSON takes ten times their size, and the interpreter for itself
 GIVE_BACK_S = 5.0  # how often memory is given back, while requests come
+IGNORED = "X-Ignored-Fields"  # the header that names what was asked for and is not heeded
 
 
 class Handler(Connection):
@@ -241,11 +242,14 @@ class Handler(Connection):
         return values
 
     def ignore(self, names: list[str]) -> None:
+        """Tell them, in one header however often this is called."""
+        if not names:
+            return
         self.server.note_ignored(names)
-        told = [value for header, value in self.extra if header == "X-Ignored-Fields"]
-        told += [ascii(name)[1:-1][:64] for name in names[:32]]
-        if names:
-            self.extra = [one for one in self.extra if one[0] != "X-Ignored-Fields"] + [("X-Ignored-Fields", ", ".join(told))]
+        headers = dict(self.extra)
+        told = [headers[IGNORED]] if IGNORED in headers else []
+        headers[IGNORED] = ", ".join(told + [ascii(name)[1:-1][:64] for name in names[:32]])
+        self.extra = [*headers.items()]
 
     def read_chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """What a dialect has made a chat request of, read as one."""
@@ -621,11 +625,15 @@ class Routes(Handler):
         self.reply(200, self.model_card(model))
 
     def get_capabilities(self) -> None:
-        models, model = self.server.models, self.queried_model()
-        life = models.lives.get(model.id)
-        syntax = life.engine.syntax(LOOK_S) if life and life.engine else {}
+        model = self.queried_model()
+        syntax = self.found_in_template(model, LOOK_S)
         found = {"template": syntax} if syntax else {}  # known once the model is loaded
-        self.reply(200, capabilities(models.backend(model), TABLES) | found)
+        self.reply(200, capabilities(self.server.models.backend(model), TABLES) | found)
+
+    def found_in_template(self, model: Model, wait: float = 0.0) -> dict[str, Any]:
+        """{}: nobody has looked yet, or its engine has no template of its own."""
+        life = self.server.models.lives.get(model.id)
+        return life.engine.syntax(wait) if life and life.engine else {}
 
     def get_tokenizer_info(self) -> None:
         """vLLM's route, by which lm-eval finds out that /tokenize and /detokenize are there."""
@@ -927,8 +935,7 @@ class Dialects(Routes):
         values["max_tokens"] = min(values["max_tokens"], limit or values["max_tokens"])
         turn = self.messages_turn(values)
         values = self.read_chat(turn.chat)
-        life = self.server.models.lives.get(self.model.id)
-        self.ignore(turn.unheeded(life.engine.syntax() if life and life.engine else {}))
+        self.ignore(turn.unheeded(self.found_in_template(self.model)))
 
         def render(completion: Completion) -> Rendering:
             return messages_api.Answer(completion, turn)

@@ -550,14 +550,14 @@ def _not_digit() -> Ranges:
     )
 
 
-def _opposite(name: str) -> str:
+def _negated(name: str) -> str:
     return name.removeprefix("NOT_") if name.startswith("NOT_") else "NOT_" + name
 
 
 def _category(name: str, wide: bool) -> Ranges:
     """What every reader takes for it; `wide`: what any reader may, for what is not to match."""
     if wide:
-        return without(_category(_opposite(name), False))
+        return without(_category(_negated(name), False))
     found = _CATEGORY.get(name)
     return _not_digit() if found is None else found
 
@@ -572,7 +572,7 @@ class Regex:
     def __init__(self, pattern: str, dot: Ranges = ALL, where: str = "", wide: bool = False) -> None:
         """`dot` holds the characters that a dot or a negated class may stand for; `wide`: the term is for a negation."""
         self.dot, self.where, self.spread, self.fold, self.wide = dot, where, 0, False, wide
-        self.classes = False  # it has \p{…}, of which the Basic Multilingual Plane is known
+        self.unicode = False  # it has \p{…}, of which the Basic Multilingual Plane is known
         if len(pattern) > MAX_REGEX:
             self.refuse(f"a regex over {MAX_REGEX} characters")
         try:
@@ -625,7 +625,7 @@ class Regex:
             self.refuse(f"the class \\{kind}{{{name[:30]}}} of the regex")
         if kind == "P":
             ranges = common_ranges(without(ranges), _BASIC)
-        self.classes = True
+        self.unicode = True
         text = "".join(f"\\u{a:04x}-\\u{b:04x}" for a, b in ranges)
         return text if inside else f"[{text}]"
 
@@ -681,9 +681,10 @@ class Regex:
         finally:
             self.wide ^= negated
 
-    def _begins(self, part: Any) -> bool:
-        """Is it a lookahead that sees the beginning of the text?"""
-        return isinstance(part, tuple) and part[:2] == (1, False) and all(p[:1] == ["^"] for p in self._seen(part[2], False))
+    @staticmethod
+    def _begins(part: Any) -> bool:
+        """Is it a lookahead for the beginning of the text and something behind it?"""
+        return isinstance(part, tuple) and part[:2] == (1, False) and any(str(value) in _STARTS for _, value in part[2][:1])
 
     def _path(self, path: list[Any], before: Term, after: Term, first: bool) -> Term:
         """`first`: an empty `before` is the beginning of the text; else something that is not known stands before it."""
@@ -771,16 +772,16 @@ class Regex:
             if str(op) == "CATEGORY":
                 name = str(value).removeprefix("CATEGORY_")
                 if negated:
-                    keep = common_ranges(keep, _category(_opposite(name), self.wide))
+                    keep = common_ranges(keep, _category(_negated(name), self.wide))
                 else:
                     found += _category(name, self.wide)
             else:
                 found.append((value, value) if str(op) == "LITERAL" else value)
-        astral = ((0x10000, 0x10FFFF),) if self.classes and self.wide else ()
+        astral = ((0x10000, 0x10FFFF),) if self.unicode and self.wide else ()
         if not negated:
             found += astral
             return self._ranges(self._folded(ordered(found)) if self.fold else ordered(found), ALL)
-        if self.classes and not self.wide:
+        if self.unicode and not self.wide:
             keep = common_ranges(keep, _BASIC)
         return self._ranges(common_ranges(ordered([*self._opposite(ordered(found)), *astral]), keep), self.dot)
 
@@ -900,8 +901,14 @@ _FRACTION = seq(lit("."), rep(DIGIT, 1, DIGITS))
 _WHOLE = alt([lit("0"), seq(NONZERO, rep(DIGIT, 0, DIGITS - 1))])
 _UNSIGNED = seq(_WHOLE, rep(_FRACTION, 0, 1), rep(_EXPONENT, 0, 1))
 NUMBER = seq(rep(lit("-"), 0, 1), _UNSIGNED)
-_TENTHS = rep(seq(lit("."), rep(DIGIT, 1, 14)), 0, 1)  # 9.99 and more nines times e-1 would be read as 1
-_SMALL = seq(NONZERO, alt(seq(digits, chars("ee", "EE"), lit("-"), rep(lit("0"), 0, 1), last) for digits, last in ((_TENTHS, lit("1")), (rep(_FRACTION, 0, 1), chars("29")))))  # fmt: skip
+
+
+def _small(fraction: Term, exponent: Term) -> Term:
+    return seq(NONZERO, rep(fraction, 0, 1), chars("ee", "EE"), lit("-"), rep(lit("0"), 0, 1), exponent)
+
+
+# Over 0, under 1. 9.99…e-1 of more digits would be read as 1.
+_SMALL = alt([_small(seq(lit("."), rep(DIGIT, 1, 14)), lit("1")), _small(_FRACTION, chars("29"))])
 
 Bound = tuple[Fraction, bool]  # and whether it is left out
 

@@ -285,7 +285,7 @@ def test_a_thread_outlives_what_it_runs():
     assert (threads.all, threads.idle) == (5, 0)
     gate.set()
     until(lambda: threads.idle == 5)
-    threads.close()
+    threads.dismiss()
     until(lambda: not threads.all)
     threads.run(done.release)  # a connection that was accepted while the server closed
     assert done.acquire(timeout=60)
@@ -294,9 +294,17 @@ def test_a_thread_outlives_what_it_runs():
 def test_fewer_slots_keep_fewer_threads():
     threads = http11.Threads()
     threads.keep(8)
+    gate = threading.Event()
+    for _ in range(12):
+        threads.run(gate.wait)
+    gate.set()
+    until(lambda: threads.idle == 12)
+    began = time.monotonic()
     threads.keep(2)
     until(lambda: threads.all == threads.idle == 2)
-    threads.close()
+    threads.dismiss()
+    until(lambda: not threads.all)
+    assert time.monotonic() - began < http11.Threads.KEPT_S  # nobody had to wait until its time was up
 
 
 def test_threads_meet_in_any_order(monkeypatch):
@@ -311,7 +319,7 @@ def test_threads_meet_in_any_order(monkeypatch):
     until(lambda: len(ran) == 3000)
     assert sorted(ran) == list(range(3000))
     until(lambda: threads.all == threads.idle <= 2)
-    threads.close()
+    threads.dismiss()
     until(lambda: not threads.all)
 
 
@@ -332,7 +340,7 @@ def test_a_thread_whose_time_is_up_runs_what_it_was_given_meanwhile():
     threads.run(done.release)
     given.set()
     assert done.acquire(timeout=60)
-    threads.close()
+    threads.dismiss()
 
 
 @pytest.mark.parametrize("fields", [{"stream": True}, {"stream": False}, {"response_format": {"type": "json_object"}}])

@@ -174,6 +174,8 @@ def test_a_record_runs_again(tmp_path):
     for served in serve(tmp_path, TEMPLATE, record=str(record)):
         ask(served, THOUGHT + CALL, tools=TOOLS)
         ask(served, THOUGHT + CALL, functions=[F, G], stream=True)
+        body = {"max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
+        assert served.request("POST", "/v1/messages", body)[0] == 200  # which is passed over
         for says, status, told in ((THOUGHT + CALL, 0, "2 requests, 0 differ"), (CALL, 1, "2 requests, 2 differ")):
             (tmp_path / "script.json").write_text(json.dumps({"says": [says]}))
             until(lambda: not served.server.busy.count)  # noqa: B023 (a line comes after its answer)
