@@ -23,12 +23,13 @@ from model_init import ROLES, Limits
 class Kind(NamedTuple):
     """A type with its range: `says` completes "must be …", `read` returns the value or raises ValueError.
 
-    `keys`: what it reads of objects, or arrays of them, and of what is in these; None: all, or there is nothing to be read.
+    `keys`: what it reads of objects, or arrays of them, and of what is in these; None: all, or there is nothing to be read. By a
+    function where that depends on the object.
     """
 
     says: str
     read: Callable[[Any], Any]
-    keys: dict[str, Any] | None = None
+    keys: dict[str, Any] | Callable[[dict[str, Any]], Any] | None = None
 
 
 def check(condition: bool) -> None:
@@ -403,6 +404,7 @@ def read_function_call(value: Any) -> ToolChoice:
 
 
 FUNCTION_KEYS = dict.fromkeys(("name", "description", "parameters", "strict"))
+NAMED_KEYS = {"type": None, "name": None, "function": {"name": None}}
 TOOLS = Kind(
     f'an array of up to {MOST_TOOLS} of {{"type": "function", "function": {{"name", "description", "parameters", "strict"}}}}',
     read_tools,
@@ -411,9 +413,10 @@ TOOLS = Kind(
 TOOL_CHOICE = Kind(
     'none, auto, required, {"type": "function", "function": {"name": …}}, or {"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}',
     read_tool_choice,
+    {"type": None, "allowed_tools": {"mode": None, "tools": NAMED_KEYS}, "mode": None, "tools": NAMED_KEYS} | NAMED_KEYS,
 )
 FUNCTIONS = Kind(f"an array of up to {MOST_TOOLS} of {{name, description, parameters}}", read_functions, FUNCTION_KEYS)
-FUNCTION_CALL = Kind('none, auto, or {"name": …}', read_function_call)
+FUNCTION_CALL = Kind('none, auto, or {"name": …}', read_function_call, {"name": None})
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
@@ -763,13 +766,15 @@ def read_fields(body: Any, table: dict[str, Field], engine: str = "", strict: bo
     return Fields(values, ignored)
 
 
-def strays(value: Any, keys: dict[str, Any] | None, place: str) -> list[str]:
+def strays(value: Any, keys: Any, place: str) -> list[str]:
     """The places of what stands in a value and is not read. null and what is empty say nothing: clients send replies back whole."""
     if keys is None:
         return []
     if isinstance(value, list):
         return [one for i, item in enumerate(value) for one in strays(item, keys, f"{place}[{i}]")]
-    if not isinstance(value, dict):
+    if callable(keys) and isinstance(value, dict):
+        keys = keys(value)
+    if not isinstance(value, dict) or keys is None:
         return []
     found = []
     for name, inner in value.items():

@@ -44,7 +44,7 @@ from regular import (
 )
 
 MAX_RULES, MAX_TEXT, MAX_DEPTH = 20_000, 2_000_000, 64
-MAX_OWN = 5_000  # rules of a client's grammar: to compile some that lead from one to the next takes time as their number squared
+MAX_OWN = 5_000  # rules of a client's grammar: a chain of them may take time as their number squared
 MAX_PICKED, MAX_COUNTED = 62, 4_000  # the bits that llguidance has for both, but two
 MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
     5,

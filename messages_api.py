@@ -79,9 +79,20 @@ MEMBERS = {  # that are strings
     "text": ("text",), "tool_use": ("id", "name"), "tool_result": ("tool_use_id",), "thinking": ("thinking",),
     "redacted_thinking": ("data",),
 }  # fmt: skip
+MORE = ("type", "cache_control")  # that every block may have; the latter changes nothing, what can be reused is
+TEXT_KEYS = dict.fromkeys((*MORE, "text"))
+BLOCK_KEYS = {kind: dict.fromkeys((*MORE, *members)) for kind, members in MEMBERS.items()} | {
+    "tool_use": dict.fromkeys((*MORE, "id", "name", "input", "caller")),  # the last says who called, which is the model here
+    "tool_result": {**dict.fromkeys((*MORE, "tool_use_id", "is_error")), "content": TEXT_KEYS},
+    "thinking": dict.fromkeys((*MORE, "thinking", "signature")),
+}
 KINDS = {  # of blocks, by role
     "user": ("text", "tool_result"), "system": ("text",), "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
 }  # fmt: skip
+
+
+def block_keys(block: Json) -> Json | None:
+    return BLOCK_KEYS.get(str(block.get("type")))
 
 
 def read_messages(value: Any) -> list[Json]:
@@ -198,31 +209,34 @@ def read_thread(_: Any) -> None:
     )
 
 
-FORMAT = Kind('{"type": "json_schema", "schema": …}', read_format)
+FORMAT = Kind('{"type": "json_schema", "schema": …}', read_format, dict.fromkeys(("type", "schema")))
+TOOL_KEYS = dict.fromkeys(
+    ("type", "name", "description", "input_schema", "strict", "defer_loading", "cache_control", "eager_input_streaming")
+)
 CONTENT = "text, tool_use, tool_result, thinking"
 MESSAGES = {
     "model": GENERATION["model"],
     "max_tokens": Field(integer(1, BIG), "required: most tokens to generate; more than the context has left is cut down to that"),
-    "messages": Field(Kind("a non-empty array of {role, content}", read_messages), f"the conversation; roles user, assistant, system; blocks {CONTENT}"),
-    "system": Field(Kind("a string or an array of text blocks", read_system), "the system prompt; its blocks are paragraphs"),
+    "messages": Field(Kind("a non-empty array of {role, content}", read_messages, {"role": None, "content": block_keys}), f"the conversation; roles user, assistant, system; blocks {CONTENT}"),
+    "system": Field(Kind("a string or an array of text blocks", read_system, TEXT_KEYS), "the system prompt; its blocks are paragraphs"),
     "stop_sequences": Field(Kind("an array of up to 16 strings of 1 to 256 characters", read_stops), "end before one of these, which `stop_sequence` tells"),
     "stream": GENERATION["stream"],
     "temperature": CHAT["temperature"],
     "top_p": CHAT["top_p"],
     "top_k": CHAT["top_k"],
-    "tools": Field(Kind("an array of {name, description, input_schema}", read_tools), "what the model may call", CHAT["tools"].needs, ([],)),
+    "tools": Field(Kind("an array of {name, description, input_schema}", read_tools, TOOL_KEYS), "what the model may call", CHAT["tools"].needs, ([],)),
     "tool_choice": Field(
-        Kind('{"type": "auto" or "any" or "none" or "tool", "name", "disable_parallel_tool_use"}', read_tool_choice),
+        Kind('{"type": "auto" or "any" or "none" or "tool", "name", "disable_parallel_tool_use"}', read_tool_choice, dict.fromkeys(("type", "name", "disable_parallel_tool_use"))),
         "whether a tool must be called, which, and whether several may be", CHAT["tool_choice"].needs, ({"type": "auto"}, {"type": "none"}),
     ),
     "thinking": Field(
-        Kind('{"type": "disabled"}, {"type": "adaptive"} or {"type": "enabled", "budget_tokens": …}', read_thinking),
+        Kind('{"type": "disabled"}, {"type": "adaptive"} or {"type": "enabled", "budget_tokens": …}', read_thinking, dict.fromkeys(("type", "budget_tokens", "display"))),
         "whether the model reasons, where its template has a switch, and at most how long",
     ),
-    "output_config": Field(Kind('an object like {"effort": "low", "format": {"type": "json_schema", "schema": …}}', read_output_config), "how much it reasons; JSON that satisfies a schema"),
+    "output_config": Field(Kind('an object like {"effort": "low", "format": {"type": "json_schema", "schema": …}}', read_output_config, {"effort": None, "format": FORMAT.keys}), "how much it reasons; JSON that satisfies a schema"),
     "output_format": Field(FORMAT, "the older place of `output_config.format`"),
-    "context_management": Field(Kind('an object like {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}', read_context_management), "leave out the thinking of earlier turns"),
-    "metadata": Field(Kind('an object like {"user_id": "…"}', read_metadata), "changes nothing"),
+    "context_management": Field(Kind('an object like {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}', read_context_management, {"edits": dict.fromkeys(("type", "keep"))}), "leave out the thinking of earlier turns"),
+    "metadata": Field(Kind('an object like {"user_id": "…"}', read_metadata, {"user_id": None}), "changes nothing"),
     "cache_control": Field(ANYTHING, "here and in blocks: changes nothing, what was prefilled is found by itself"),
     "service_tier": Field(one_of("auto", "standard_only"), "changes nothing"),
     "speed": Field(one_of("standard"), "changes nothing"),

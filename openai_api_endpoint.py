@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import children
 import logs
@@ -143,6 +143,7 @@ class Handler(Connection):
             allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
             raise ApiError(405, f"{self.command[:50]} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
         self.matched = route
+        self.ignore([f"?{name}" for name in self.query() if name not in QUERIES.get(action, ())])
         if self.server.draining:
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         peer = str(self.client_address[0])
@@ -182,6 +183,11 @@ class Handler(Connection):
 
     def error_face(self, error: ApiError) -> tuple[int, dict[str, Any]]:
         return error.status, error.body()
+
+    def query(self) -> dict[str, str]:
+        """What stands behind the ? of the URL; of a name that stands there twice, the last value."""
+        text = self.path.partition("?")[2].partition("#")[0]
+        return dict(parse_qsl(text, keep_blank_values=True)) if text else {}
 
     def bare_path(self) -> str:
         """Of the request, without /v1 and query."""
@@ -294,8 +300,8 @@ class Handler(Connection):
 
     def queried_model(self) -> Model:
         """The model that `?model=` names, else the default one."""
-        names = parse_qs(urlsplit(self.path).query).get("model", [])
-        return self.server.models.resolve(names[0]) if names else self.server.models.default()
+        name = self.query().get("model")
+        return self.server.models.default() if name is None else self.server.models.resolve(name)
 
     def submit(self, start: Callable[[AnyEngine], Job]) -> Job:
         return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())
@@ -893,10 +899,12 @@ class Dialects(Routes):
 
     def get_response(self, id: str) -> None:
         """The response; with `stream=true` the events of one that is made in the background, again or on from `starting_after`."""
-        response, query = self.stored(id, State.get), parse_qs(urlsplit(self.path).query)
-        if query.get("stream", ["false"])[-1] != "true":
+        response, query = self.stored(id, State.get), self.query()
+        if query.get("stream", "false") not in ("true", "false"):
+            raise ApiError(400, "'stream' must be true or false.", "stream")
+        if query.get("stream") != "true":
             return self.reply(200, response)
-        one, after = self.server.running.get(id), query.get("starting_after", ["-1"])[-1]
+        one, after = self.server.running.get(id), query.get("starting_after", "-1")
         if one is None:
             raise ApiError(
                 400, "The events of this response are not kept (any more): get it without stream.", "stream", "no_events"
@@ -912,8 +920,7 @@ class Dialects(Routes):
         self.reply(200, {"id": id, "object": "response", "deleted": True})
 
     def get_input_items(self, id: str) -> None:
-        query = parse_qs(urlsplit(self.path).query)
-        self.reply(200, responses_api.page(self.stored(id, State.given), query))
+        self.reply(200, responses_api.page(self.stored(id, State.given), self.query()))
 
     def post_cancel(self, id: str) -> None:
         if not self.stored(id, State.get)["background"]:
@@ -981,6 +988,11 @@ ROUTES: dict[str, dict[str, Action]] = {  # each also under /v1; 404, 405 and Al
     "/detokenize": {"POST": Routes.post_detokenize},
     "/apply-template": {"POST": Routes.post_apply_template},
 }
+QUERIES = {  # the words that may stand behind the ? of a URL; what else does is named as a field that nobody knows
+    Routes.get_capabilities: ("model",), Routes.get_tokenizer_info: ("model",),
+    Dialects.get_response: ("stream", "starting_after"), Dialects.get_input_items: ("order", "limit", "after"),
+    Dialects.post_messages: ("beta",), Dialects.post_count_tokens: ("beta",),
+}  # fmt: skip
 WITHOUT_BODY = {Dialects.post_cancel}  # a POST that says no length has none
 OPERATORS = {Routes.post_load, Routes.post_unload}  # only with --admin
 OPEN_TO_ALL = {Routes.get_root, Routes.get_health, Routes.get_healthz}  # no API key needed

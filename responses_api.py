@@ -25,6 +25,7 @@ from api_request import (
     BIG,
     BOOLEAN,
     CHAT,
+    FUNCTION_KEYS,
     GENERATION,
     NAME,
     STRING,
@@ -160,6 +161,16 @@ READERS: dict[Any, Callable[[Json, str], Json]] = {
 }
 
 
+PART_KEYS = dict.fromkeys(("type", "text", "refusal", "annotations", "logprobs"))
+ITEM_KEYS: Json = {
+    **dict.fromkeys(
+        ("type", "id", "status", "role", "call_id", "name", "namespace", "arguments", "input", "encrypted_content")
+    ),
+    **dict.fromkeys(("content", "output", "summary"), PART_KEYS),
+    **dict.fromkeys(("caller", "phase")),  # who called, and what a message was for: changes nothing
+}
+
+
 def text_of(parts: Any) -> str:
     return parts if isinstance(parts, str) else "".join(part.get("text", part.get("refusal", "")) for part in parts)
 
@@ -221,6 +232,15 @@ def read_tool(tool: Any, where: str) -> Json:
             "tools": tools,
         }
     return tool  # hosted: what becomes of it is the operator's choice
+
+
+def tool_keys(tool: Json) -> Json | None:
+    """What is read of a tool; nothing of a hosted one."""
+    keys: Json = FUNCTION_KEYS | {"type": None, "format": dict.fromkeys(("type", "syntax", "definition")), "tools": tool_keys}
+    return keys if tool.get("type") in ("function", "custom", "namespace") else None
+
+
+CHOICE_KEYS = dict.fromkeys(("type", "name", "namespace", "mode", "tools"))
 
 
 def custom_function(tool: Json, where: str) -> Json:
@@ -317,14 +337,18 @@ def read_stream_options(value: Any) -> None:
 
 
 METADATA = Kind("an object of up to 16 strings of up to 512 characters, with names of up to 64", read_metadata)
-TEXT = Kind('an object like {"format": {"type": "json_schema", "name", "schema"}}', read_text)
+TEXT = Kind(
+    'an object like {"format": {"type": "json_schema", "name", "schema"}}',
+    read_text,
+    {"verbosity": None, "format": dict.fromkeys(("type", "name", "description", "schema", "strict"))},
+)
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "chat_template_kwargs",
 )  # fmt: skip
 RESPONSES = {
     "model": GENERATION["model"],
-    "input": Field(Kind("a string or an array of items", read_input), "what is said: text, or messages, calls, their outputs, reasoning, references"),
+    "input": Field(Kind("a string or an array of items", read_input, ITEM_KEYS), "what is said: text, or messages, calls, their outputs, reasoning, references"),
     "instructions": Field(STRING, "a system message that comes first, for this response only"),
     "previous_response_id": Field(NAME, "go on from that response: what was given to it and what it said come first"),
     "store": Field(BOOLEAN, "keep the response, to be fetched or continued; default true"),
@@ -336,9 +360,9 @@ RESPONSES = {
     "reasoning": Field(
         Kind('an object like {"effort": "low"}', read_reasoning_options), "`effort`: how much the model reasons, where its template has a switch"
     ),
-    "tools": Field(Kind("an array of tools", read_tools), "functions, custom tools (their input text, or by a regex or a lark grammar), and namespaces of them", CHAT["tools"].needs, ([],)),
+    "tools": Field(Kind("an array of tools", read_tools, tool_keys), "functions, custom tools (their input text, or by a regex or a lark grammar), and namespaces of them", CHAT["tools"].needs, ([],)),
     "tool_choice": Field(
-        Kind('none, auto, required, {"type": "function", "name": …}, {"type": "custom", "name": …} or {"type": "allowed_tools", "mode", "tools"}', read_tool_choice),
+        Kind('none, auto, required, {"type": "function", "name": …}, {"type": "custom", "name": …} or {"type": "allowed_tools", "mode", "tools"}', read_tool_choice, CHOICE_KEYS),
         "whether a tool must be called, and which may be", CHAT["tool_choice"].needs, ("none", "auto"),
     ),
     "parallel_tool_calls": Field(BOOLEAN, "several calls in one answer; default true", CHAT["parallel_tool_calls"].needs, CHAT["parallel_tool_calls"].free),
@@ -813,11 +837,9 @@ def custom_input(arguments: str) -> str:
 # ─────────────────────────────────────────────────── lists ───────────────────────────────────────────────────────
 
 
-def page(items: list[Json], query: dict[str, list[str]]) -> Json:
+def page(items: list[Json], query: dict[str, str]) -> Json:
     """One page of a response's input items, as `order`, `limit` and `after` ask for."""
-    order, limit, after = (
-        query.get(name, [default])[-1] for name, default in (("order", "desc"), ("limit", "20"), ("after", ""))
-    )
+    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after", "")
     if order not in ("asc", "desc"):
         raise bad("order", "must be asc or desc")
     if not limit.isdecimal() or not 1 <= int(limit) <= 100:

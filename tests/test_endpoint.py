@@ -196,6 +196,73 @@ def test_what_is_not_read_inside_a_field_is_named(scripted):
     ])  # fmt: skip
 
 
+@pytest.mark.parametrize("path, told", [
+    ("/v1/models?limit=2&after=x", "?limit, ?after"), ("/v1/capabilities?model=scripted", None), ("/health?", None), ("/health?x", "?x"),
+])  # fmt: skip
+def test_words_behind_the_question_mark_are_read_or_named(scripted, path, told):
+    status, _, headers = scripted.request("GET", path)
+    assert (status, headers.get("X-Ignored-Fields")) == (200, told)
+
+
+STRAY_ITEMS = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "echo x", "odd": 1}], "phase": "final_answer", "why": "?"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "status": "completed", "async": True},
+        {"type": "function_call_output", "call_id": "c", "output": "y", "caller": {"type": "direct"}},
+    ],
+    "tools": [
+        {"type": "function", "name": "f", "parameters": {"x-odd": 1}, "defer_loading": True},
+        {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g", "odd": 1}]},
+    ],
+    "tool_choice": {"type": "function", "name": "f", "odd": 1},
+    "text": {"format": {"type": "text", "odd": 1}},
+}
+STRAY_BLOCKS = {
+    "max_tokens": 5,
+    "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}, "odd": 1}],
+    "messages": [
+        {"role": "user", "content": "echo x", "odd": 1},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"any": 1}, "text": "?"}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "y", "odd": 1}]}]},
+    ],
+    "tools": [{"name": "f", "input_schema": {"x-odd": 1}, "input_examples": [{"any": 1}], "cache_control": {"type": "ephemeral"}}],
+    "tool_choice": {"type": "auto", "odd": 1},
+    "thinking": {"type": "disabled", "odd": 1},
+    "metadata": {"user_id": "u", "odd": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path, body, told",
+    [
+        (
+            "responses",
+            STRAY_ITEMS,
+            "input[0].content[0].odd, input[0].why, input[1].async, tools[0].defer_loading, tools[1].tools[0].odd, "
+            "tool_choice.odd, text.format.odd",
+        ),
+        (
+            "messages",
+            STRAY_BLOCKS,
+            "system[0].odd, messages[0].odd, messages[1].content[0].text, messages[2].content[0].content[0].odd, "
+            "tools[0].input_examples, tool_choice.odd, thinking.odd, metadata.odd",
+        ),
+        (
+            "chat/completions",
+            {
+                "messages": [{"role": "user", "content": "echo x"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": {"type": "function", "function": {"name": "f", "odd": 1}},
+            },
+            "tool_choice.function.odd",
+        ),
+    ],
+)
+def test_unknown_keys_within_the_fields_of_each_dialect_are_named(scripted, path, body, told):
+    headers = scripted.request("POST", f"/v1/{path}", body)[2]
+    assert headers["X-Ignored-Fields"] == told
+
+
 def test_unknown_words_of_a_schema_are_named(scripted, caplog):
     """They constrain nothing, so they are told as unknown fields are, with the word that was perhaps meant; the format is one."""
     schema = {"type": "integer", "x-unit": "m", "minimun": 3, "properties": {"a": {"format": "colour", "title": "A"}}}

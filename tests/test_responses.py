@@ -372,7 +372,7 @@ def test_pages():
     items = [{"id": str(i)} for i in range(5)]
 
     def ids(**query):
-        found = page(items, {name: [value] for name, value in query.items()})
+        found = page(items, query)
         return [item["id"] for item in found["data"]], found["has_more"]
 
     assert ids() == (list("43210"), False)
@@ -668,7 +668,8 @@ def test_a_stream_is_found_again(scripted):
     text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
     assert text == "word " * 100 == events[-1]["response"]["output"][0]["content"][0]["text"]
     parse(scripted.request("GET", f"/v1/responses/{id}?stream=true")[1])
-    assert scripted.request("GET", f"/v1/responses/{id}?stream=true&starting_after=x")[1]["error"]["param"] == "starting_after"
+    for query, param in (("stream=true&starting_after=x", "starting_after"), ("stream=1", "stream")):
+        assert scripted.request("GET", f"/v1/responses/{id}?{query}")[1]["error"]["param"] == param
     sdk = client(scripted)
     with sdk.responses.stream(response_id=id, starting_after=4) as stream:
         assert next(iter(stream)).sequence_number == 5
