@@ -257,7 +257,7 @@ class ChatTemplate:
             kwargs["reasoning_effort"] = switch.effort(prompt.effort)
         elif not switch.name and not prompt.lenient and prompt.effort != ("medium" if thinks else "none"):
             able = "always reasons, and has no switch for how much" if thinks else "does not reason"
-            raise Refused(f"'reasoning_effort' cannot be {prompt.effort!r}: this model {able}.", "reasoning_effort")
+            raise Refused(f"'reasoning_effort' cannot be honoured: this model {able}.", "reasoning_effort")
         if switch.name:
             kwargs.setdefault(switch.name, prompt.effort != "none")
         return kwargs

@@ -1260,6 +1260,8 @@ def run_engine(conn: Connection, spec: EngineSpec) -> None:
         log.debug("load failed", exc_info=True)
         tell("failed", f"{spec.path}: {one_line(error)}")
         return
+    if spec.length and spec.length > backend.context:
+        log.warning("--length %d is more than this model's context here: %d tokens", spec.length, backend.context)
     backend.context = min(backend.context, spec.length or backend.context)
     if spec.tool_syntax:
         backend.template.choose(spec.tool_syntax)  # type: ignore[attr-defined]

@@ -97,6 +97,15 @@ def loop_over(tmp_path, slots=2):
     return loop
 
 
+@pytest.mark.parametrize("length, told", [(999_999, True), (100, False), (None, False)])
+def test_a_length_beyond_the_context_is_told(tmp_path, caplog, monkeypatch, length, told):
+    ours, theirs = Pipe()
+    ours.send(("close",))
+    monkeypatch.setattr(engine_module.gc, "freeze", lambda: None)  # it is not alone in this process
+    engine_module.run_engine(theirs, EngineSpec("scripted:Scripted", str(tmp_path), 2, length=length))
+    assert ("--length 999999 is more than" in caplog.text) == told
+
+
 def test_stop_ids_are_few_and_known(scripted):
     body = {"messages": message("echo a"), "stop_token_ids": [7] * 257}
     assert error(scripted.request("POST", "/v1/chat/completions", body))[:2] == (400, "stop_token_ids")
