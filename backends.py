@@ -374,7 +374,8 @@ class LlamaCpp(Slots, LlamaModel):
         self.cells, self.unified = self.layout(spec)
         with ThreadPoolExecutor(1) as beside:  # reads the vocabulary alone, while the KV cache is being cleared: both take long
             guides = beside.submit(self.make_guides)
-            self.ctx = self.make_context()
+            with memory.taken_from_both_ends():
+                self.ctx = self.make_context()
             self.guides = guides.result()
         self.embedder = self.make_embedder() if spec.embeddings else None
         self.memory = lib.llama_get_memory(self.ctx)
@@ -504,10 +505,11 @@ def cache_layout(spec: EngineSpec, trained: int, kv_bytes: int) -> tuple[int, bo
     an equal share for each slot.
     """
     memory = machine_memory()
+    most = memory // (4 if spec.slots > 8 else 16)  # the more slots share cells, the more of others' each looks at in vain
     length = min(spec.length or LONG, trained)
     if spec.cache_tokens and (spec.cache_tokens // spec.slots >= length or not spec.length):
         return max(min(spec.cache_tokens // spec.slots, trained), 256) * spec.slots, False
-    if not spec.cache_tokens and kv_bytes and memory and spec.slots * length * kv_bytes <= memory // 16:
+    if not spec.cache_tokens and kv_bytes and memory and spec.slots * length * kv_bytes <= most:
         return max(length, 256) * spec.slots, False
     return spec.cache_tokens or default_cache_tokens(spec.slots, trained, kv_bytes, memory), True
 

@@ -12,17 +12,20 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+import memory
 from chat_syntax import ChatTemplate
 from engine import EngineSpec, Refused, log, too_long
 from grammar import lark_grammar
-from machine import openvino_device, physical_cores
+from machine import free_memory, openvino_device, physical_cores
 from model_files import hf_template, own_sampling, read_gguf, read_json, text_config, token_text
 
+READ = 1 << 30  # bytes of a file of weights that is read rather than mapped
 LAYER_ON = re.compile(r"layer +\d+ assigned to device (\w+)")  # llama.cpp tells it in its log alone
 
 
@@ -102,7 +105,7 @@ class LlamaModel:
         lib.llama_backend_init()
         self.slots, self.threads = spec.slots, spec.threads or physical_cores()
         self.flags, self.placed = dict(spec.flags), Counter[str]()
-        params = self.place(lib.llama_model_default_params())
+        params = self.place(lib.llama_model_default_params(), spec.path)
 
         def on_progress(fraction: float, _: Any) -> bool:
             progress(fraction)
@@ -110,7 +113,8 @@ class LlamaModel:
 
         params.progress_callback = lib.llama_progress_callback(on_progress)
         self.keep.append(params.progress_callback)
-        self.model = lib.llama_model_load_from_file(spec.path.encode(), params)
+        with memory.in_huge_pages():
+            self.model = lib.llama_model_load_from_file(spec.path.encode(), params)
         if not self.model:
             raise RuntimeError(self.last_error or "llama.cpp cannot load it")
         self.vocab = lib.llama_model_get_vocab(self.model)
@@ -127,7 +131,7 @@ class LlamaModel:
             self.token_text(lib.llama_vocab_eos(self.vocab)),
         )
 
-    def place(self, params: Any) -> Any:
+    def place(self, params: Any, path: str) -> Any:
         """On which devices the weights lie, and how they come there."""
         flags, lib = self.flags, self.lib
         params.n_gpu_layers = flags.get("gpu_layers", params.n_gpu_layers)
@@ -137,12 +141,19 @@ class LlamaModel:
             self.keep.append((ctypes.c_float * most)(*shares[:most]))
             params.tensor_split = self.keep[-1]
         modes = {
-            (True, False): lib.LLAMA_LOAD_MODE_NONE,
-            (False, True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
-            (True, True): lib.LLAMA_LOAD_MODE_MLOCK,
+            ("off", False): lib.LLAMA_LOAD_MODE_NONE,
+            ("off", True): lib.LLAMA_LOAD_MODE_MLOCK,
+            ("on", False): lib.LLAMA_LOAD_MODE_MMAP,
+            ("on", True): lib.LLAMA_LOAD_MODE_MMAP_MLOCK,
         }
-        params.load_mode = modes.get(("no_mmap" in flags, "mlock" in flags), params.load_mode)
+        mapped = flags.get("mmap") or ("off" if self.is_better_read(path) else "on" if "mlock" in flags else "")
+        params.load_mode = modes.get((mapped, "mlock" in flags), params.load_mode)
         return params
+
+    def is_better_read(self, path: str) -> bool:
+        """A file that is mapped lies in pages of 4 kB, and what is read need not. A large one gains less, and takes long to be read."""
+        on_gpus = self.lib.llama_supports_gpu_offload() and self.flags.get("gpu_layers") != 0
+        return not on_gpus and memory.has_huge_pages() and os.path.getsize(path) <= min(READ, free_memory() // 2)
 
     @property
     def placement(self) -> str:

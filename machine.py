@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -25,8 +26,29 @@ LONG = 32_768  # tokens that one request may use unless the command line says ot
 
 
 def machine_memory() -> int:
-    """Bytes; 0 where the system does not say."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    """Bytes, of a container those that it may use; 0 where the system does not say."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *group_limits()]) if hasattr(os, "sysconf") else 0
+
+
+def free_memory() -> int:
+    """Bytes that could be taken without swapping; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as f:
+        kilobytes = next((int(line.split()[1]) for line in f if line.startswith("MemAvailable:")), 0)
+        return min([kilobytes << 10, *group_limits()])
+    return 0
+
+
+def group_limits(groups: str = "/sys/fs/cgroup") -> list[int]:
+    """Bytes of memory that each control group which we are in allows (docs.kernel.org/admin-guide/cgroup-v2.html)."""
+    found = []
+    with contextlib.suppress(OSError):
+        with open("/proc/self/cgroup") as f:
+            own = next((line.strip()[3:] for line in f if line.startswith("0::")), "")
+        parts = [part for part in own.split("/") if part]
+        for depth in range(len(parts) + 1):
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(groups, *parts[:depth], "memory.max")) as f:
+                found.append(int(f.read()))  # or the word max
+    return found
 
 
 def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memory: int | None = None) -> int:

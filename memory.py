@@ -10,9 +10,15 @@ import ctypes
 import functools
 import gc
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+HUGE = 2 << 20  # bytes of a page
+LARGE, VAST = 16 << 20, 128 << 20  # bytes: blocks that are moved, and such as only a KV cache is
+SOON_S = 1.0  # the rest of a load, and the first answer, come first
+MADV_HUGEPAGE, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 23, 25  # asm-generic/mman-common.h; Linux 2.6.38, 5.14, 6.1
 MMAP_THRESHOLD, PERTURB, ARENA_MAX = -3, -6, -8  # mallopt's names for them (malloc.h)
 
 
@@ -55,3 +61,82 @@ def taken_at_once() -> Iterator[None]:
     finally:
         if library:
             library.mallopt(PERTURB, 0)
+
+
+def has_huge_pages() -> bool:
+    """Does the system give pages of 2 MB to who asks for them?"""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as f:
+            return "[never]" not in f.read()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def in_huge_pages() -> Iterator[None]:
+    """Large blocks that are allocated meanwhile move to huge pages, afterwards and beside other work: a host may take long to give them.
+
+    A decode step reads all weights, and waits up to a tenth of its time for the addresses of small pages.
+    """
+    before = blocks(LARGE)
+    yield
+    if has_huge_pages():
+        threading.Thread(target=move_to_huge_pages, args=(blocks(LARGE) - before,), name="huge-pages", daemon=True).start()
+
+
+def blocks(least: int) -> set[tuple[int, int]]:
+    """(begin, end) of memory of at least so many bytes that no file is behind (proc_pid_maps(5)). None of them where the system does not say."""
+    try:
+        with open("/proc/self/maps") as f:
+            rows = [line.split() for line in f]
+    except OSError:
+        return set()
+    places = (
+        tuple(int(end, 16) for end in where.split("-"))
+        for where, mode, _, _, inode, *_ in rows
+        if (mode, inode) == ("rw-p", "0")
+    )
+    return {(begin, end) for begin, end in places if end - begin >= least}
+
+
+def move_to_huge_pages(found: Iterable[tuple[int, int]]) -> int:
+    """How many were made. What has been freed meanwhile, or is something else now, comes to no harm."""
+    time.sleep(SOON_S)
+    made = 0
+    for begin, end in sorted(found):
+        madvise(begin, end - begin, MADV_HUGEPAGE)  # a system that does not know the next moves it in its own time
+        for page in range(-(-begin // HUGE) * HUGE, end - HUGE + 1, HUGE):
+            began = time.monotonic()
+            made += madvise(page, HUGE, MADV_COLLAPSE)
+            time.sleep(time.monotonic() - began)  # others compute
+    return made
+
+
+def madvise(begin: int, size: int, advice: int) -> bool:
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return bool(call(begin, size, advice) == 0)
+
+
+@contextlib.contextmanager
+def taken_from_both_ends() -> Iterator[None]:
+    """A vast block that a library allocates meanwhile, and clears from its beginning on, is taken from its end on beside that: it is
+    the system that takes its time for each page (0.4 s for 1 GB of them), and two cores need half of it."""
+    before, cleared = blocks(VAST), threading.Event()
+
+    def take() -> None:
+        while not (fresh := blocks(VAST) - before):
+            if cleared.wait(0.005):
+                return
+        for begin, end in fresh:
+            for at in range(end - HUGE, begin, -HUGE):
+                if cleared.is_set() or not madvise(at, HUGE, MADV_POPULATE_WRITE):
+                    return
+
+    beside = threading.Thread(target=take, name="both-ends")
+    beside.start()
+    try:
+        yield
+    finally:
+        cleared.set()
+        beside.join()

@@ -177,7 +177,7 @@ def add_engine_args(group: argparse._ArgumentGroup) -> None:
 
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
-LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "no_mmap", "mlock", "cache_type_k", "cache_type_v")
+LLAMACPP_FLAGS = ("gpu_layers", "main_gpu", "tensor_split", "mmap", "mlock", "cache_type_k", "cache_type_v")
 LIBRARY_FLAGS = {flag: ["llamacpp"] for flag in LLAMACPP_FLAGS} | {"no_model_cache": ["openvino"]}  # EngineSpec.flags
 
 
@@ -187,7 +187,8 @@ def add_llamacpp_args(group: argparse._ArgumentGroup) -> None:
     add("-ngl", "--gpu-layers", action=GpuLayers, nargs="?", metavar="N", help="layers on GPUs; default: all that fit")
     add("--main-gpu", type=whole(0, 63), metavar="I", help="the GPU for what is not split")
     add("--tensor-split", type=shares, metavar="N,N", help="how much of the model each GPU gets, as proportions")
-    add("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
+    add("--mmap", action="store_const", const="on", help="map the file of the weights; default: one of up to 1 GiB is read")
+    add("--no-mmap", dest="mmap", action="store_const", const="off", help="read the weights instead of mapping the file")
     add("--mlock", action="store_true", help="keep the weights from being swapped out")
     add("--cache-type-k", choices=CACHE_TYPES, help="of the KV cache's keys (default f16)")
     add("--cache-type-v", choices=CACHE_TYPES, help="of the KV cache's values (default f16)")

@@ -316,6 +316,8 @@ def test_what_a_killed_conversion_left_goes(tmp_path):
     [
         (EngineSpec("llamacpp", "x", 8), 20_000, (8 * 8192, False)),  # small: each slot all that the model was trained for
         (EngineSpec("llamacpp", "x", 8), 2_000_000, (32_768, True)),  # too much for that: one may use what eight share
+        (EngineSpec("llamacpp", "x", 32), 30_000, (32 * 8192, False)),  # many slots: a quarter of the memory may go to it …
+        (EngineSpec("llamacpp", "x", 8), 34_000, (32_768, True)),  # … of which eight get a sixteenth
         (EngineSpec("llamacpp", "x", 8, cache_tokens=16_384), 20_000, (16_384, False)),  # said so: equal shares
         (EngineSpec("llamacpp", "x", 8, cache_tokens=16_384, length=8000), 20_000, (16_384, True)),
         (EngineSpec("llamacpp", "x", 2, cache_tokens=16_384, length=8000), 20_000, (16_384, False)),
