@@ -374,7 +374,7 @@ class LlamaCpp(Slots, LlamaModel):
         self.cells, self.unified = self.layout(spec)
         with ThreadPoolExecutor(1) as beside:  # reads the vocabulary alone, while the KV cache is being cleared: both take long
             guides = beside.submit(self.make_guides)
-            with memory.taken_from_both_ends():
+            with memory.taken_from_both_ends(self.on_cpu):
                 self.ctx = self.make_context()
             self.guides = guides.result()
         self.embedder = self.make_embedder() if spec.embeddings else None

@@ -113,7 +113,7 @@ class LlamaModel:
 
         params.progress_callback = lib.llama_progress_callback(on_progress)
         self.keep.append(params.progress_callback)
-        with memory.in_huge_pages():
+        with memory.in_huge_pages(self.on_cpu):
             self.model = lib.llama_model_load_from_file(spec.path.encode(), params)
         if not self.model:
             raise RuntimeError(self.last_error or "llama.cpp cannot load it")
@@ -152,8 +152,12 @@ class LlamaModel:
 
     def is_better_read(self, path: str) -> bool:
         """A file that is mapped lies in pages of 4 kB, and what is read need not. A large one gains less, and takes long to be read."""
-        on_gpus = self.lib.llama_supports_gpu_offload() and self.flags.get("gpu_layers") != 0
-        return not on_gpus and memory.has_huge_pages() and os.path.getsize(path) <= min(READ, free_memory() // 2)
+        return self.on_cpu and memory.has_huge_pages() and os.path.getsize(path) <= min(READ, free_memory() // 2)
+
+    @property
+    def on_cpu(self) -> bool:
+        """No part of it is on a GPU, whose driver may hold on to where memory is."""
+        return self.flags.get("gpu_layers") == 0 or not self.lib.llama_supports_gpu_offload()
 
     @property
     def placement(self) -> str:

@@ -1,6 +1,7 @@
 """Memory that will be needed is taken at the start, and what is no longer needed goes back: one large request is not kept for ever.
 
-Only glibc's allocator needs telling: it keeps freed blocks for later, and an arena for each of many threads.
+Only glibc's allocator needs telling: it keeps freed blocks for later, and an arena for each of many threads. Only Linux is asked for
+pages: large ones for what each step reads, and many at once for what is to be cleared.
 """
 
 from __future__ import annotations
@@ -73,19 +74,19 @@ def has_huge_pages() -> bool:
 
 
 @contextlib.contextmanager
-def in_huge_pages() -> Iterator[None]:
+def in_huge_pages(wanted: bool = True) -> Iterator[None]:
     """Large blocks that are allocated meanwhile move to huge pages, afterwards and beside other work: a host may take long to give them.
 
     A decode step reads all weights, and waits up to a tenth of its time for the addresses of small pages.
     """
     before = blocks(LARGE)
     yield
-    if has_huge_pages():
+    if wanted and has_huge_pages():
         threading.Thread(target=move_to_huge_pages, args=(blocks(LARGE) - before,), name="huge-pages", daemon=True).start()
 
 
 def blocks(least: int) -> set[tuple[int, int]]:
-    """(begin, end) of memory of at least so many bytes that no file is behind (proc_pid_maps(5)). None of them where the system does not say."""
+    """(begin, end) of memory of at least so many bytes that no file is behind (proc_pid_maps(5)); none where the system does not say."""
     try:
         with open("/proc/self/maps") as f:
             rows = [line.split() for line in f]
@@ -119,9 +120,12 @@ def madvise(begin: int, size: int, advice: int) -> bool:
 
 
 @contextlib.contextmanager
-def taken_from_both_ends() -> Iterator[None]:
+def taken_from_both_ends(wanted: bool = True) -> Iterator[None]:
     """A vast block that a library allocates meanwhile, and clears from its beginning on, is taken from its end on beside that: it is
     the system that takes its time for each page (0.4 s for 1 GB of them), and two cores need half of it."""
+    if not wanted:
+        yield
+        return
     before, cleared = blocks(VAST), threading.Event()
 
     def take() -> None:
