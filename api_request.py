@@ -369,6 +369,13 @@ def read_functions(value: Any) -> tuple[dict[str, Any], ...]:
     return distinct(tools, "functions")
 
 
+def refuse_indirect(tool: dict[str, Any], where: str) -> None:
+    """What both dialects have for tools that a model is to find first, or to call from a program: there is neither here."""
+    for name, free in (("defer_loading", False), ("allowed_callers", ["direct"])):
+        if tool.get(name) not in (None, free):
+            raise ApiError(400, f"'{where}.{name}' is not built: leave it out.", f"{where}.{name}", "unsupported_tool")
+
+
 class ToolChoice(NamedTuple):
     mode: str  # "none" | "auto" | "required"
     names: tuple[str, ...] | None = None  # only these; None: any
@@ -538,7 +545,9 @@ def read_content(content: Any, where: str) -> str:
 
 CALL_KEYS = {"name": None, "arguments": None}
 MESSAGE_KEYS = dict.fromkeys(("role", "name", "tool_call_id", "reasoning", "reasoning_content")) | {
-    "content": dict.fromkeys(("type", "text", "cache_control")),  # the last changes nothing: what can be reused is
+    "content": dict.fromkeys(
+        ("type", "text", "cache_control", "prompt_cache_breakpoint")
+    ),  # the last two: what can be reused is
     "tool_calls": {"id": None, "type": None, "index": None, "function": CALL_KEYS},
     "function_call": CALL_KEYS,
 }

@@ -392,7 +392,7 @@ class LlamaCpp(Slots, LlamaModel):
         return Guides(self.numpy, tokens, self.vocabulary, self.eos)
 
     def layout(self, spec: EngineSpec) -> tuple[int, bool]:
-        return cache_layout(spec, self.trained, gguf_shape(self.meta)[1])
+        return cache_layout(spec, self.trained, gguf_shape(self.meta)[1], self.on_cpu)
 
     def make_context(self) -> Any:
         params = self.lib.llama_context_default_params()
@@ -498,14 +498,19 @@ class LlamaCpp(Slots, LlamaModel):
         self.lib.llama_model_free(self.model)
 
 
-def cache_layout(spec: EngineSpec, trained: int, kv_bytes: int) -> tuple[int, bool]:
+MUCH = 8 << 30  # bytes of KV cache
+
+
+def cache_layout(spec: EngineSpec, trained: int, kv_bytes: int, on_cpu: bool = True) -> tuple[int, bool]:
     """(cells of KV cache over all slots, whether the slots share them).
 
     A request may use LONG tokens, or what --length says, as far as model and memory allow. --cache-size without --length means
     an equal share for each slot.
     """
     memory = machine_memory()
-    most = memory // (4 if spec.slots > 8 else 16)  # the more slots share cells, the more of others' each looks at in vain
+    most = memory // 16
+    if spec.slots > 8 and on_cpu:  # the more slots share cells, the more of others' each looks at in vain
+        most = max(most, min(memory // 4, MUCH))
     length = min(spec.length or LONG, trained)
     if spec.cache_tokens and (spec.cache_tokens // spec.slots >= length or not spec.length):
         return max(min(spec.cache_tokens // spec.slots, trained), 256) * spec.slots, False

@@ -311,15 +311,18 @@ class Engine(Jobs):
         self.conn, self.process = self.child.conn, self.child.process
         self.pulse = Pulse(self.process.pid)
         self.gone = threading.Event()
-        self.reader = threading.Thread(target=self.read, name="engine-reader", daemon=True)
+        self.writer, self.reader, watcher = (
+            threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True)
+            for target in (self.write, self.read, self.watch)
+        )
         try:
-            self.reader.start()
-            for target in (self.write, self.watch):
-                threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True).start()
+            for thread in (self.writer, self.reader, watcher):
+                thread.start()
             if spec.task == "generate":
                 self.workshop.warm()  # its process begins while the model is loaded
         except RuntimeError:  # no more threads
             self.process.kill()
+            self.outbox.close()
             raise
 
     def submit(self, prompts: Sequence[Prompt], sampling: Sampling, client: str = "", model: str = "") -> Job:
@@ -438,6 +441,8 @@ class Engine(Jobs):
         self.gone.set()
         self.outbox.close()
         self.workshop.close()
+        # What the writer is about to send would else go to another process, whose pipe has got the number of this one.
+        self.writer.join(10)
         self.child.close()
 
     def be_ready(self, info: EngineInfo) -> None:

@@ -30,7 +30,7 @@ class ExactLlamaCpp(LlamaCpp):
     def __init__(self, spec: EngineSpec, progress: Callable[[float], None]):
         self.BATCH = self.BATCH_TOGETHER = max(self.BATCH, spec.slots)
         super().__init__(spec, progress)
-        if self.lib.llama_supports_gpu_offload() and self.flags.get("gpu_layers") != 0:
+        if not self.on_cpu:
             raise RuntimeError("--deterministic is honoured on the CPU alone: add --gpu-layers 0")
         self.part: list[Slot] = []  # what is computed now
         self.prompts = [0] * spec.slots  # tokens of each slot's prompt; what its cache holds behind them was sampled

@@ -44,7 +44,7 @@ from regular import (
 )
 
 MAX_RULES, MAX_TEXT, MAX_DEPTH = 20_000, 2_000_000, 64
-MAX_OWN = 5_000  # rules of a client's grammar: a chain of them may take time as their number squared
+MAX_OWN = 5_000  # rules and repeated groups of a client's grammar: a chain of them may take time as their number squared
 MAX_PICKED, MAX_COUNTED = 62, 4_000  # the bits that llguidance has for both, but two
 MAX_FEW, MAX_WATCHED, MAX_WATCHING = (
     5,
@@ -447,7 +447,7 @@ class Gbnf:
     def text(self) -> str:
         root = self.read()
         if len(self.grammar.rules) > MAX_OWN:
-            raise Unsupported(f"a grammar of more than {MAX_OWN} rules is not supported")
+            raise Unsupported(f"a grammar of more than {MAX_OWN} rules, repeated groups counted, is not supported")
         self._prove()
         self.check_repetitions()
         rules = self.grammar.rules

@@ -152,7 +152,9 @@ class LlamaModel:
 
     def is_better_read(self, path: str) -> bool:
         """A file that is mapped lies in pages of 4 kB, and what is read need not. A large one gains less, and takes long to be read."""
-        return self.on_cpu and memory.has_huge_pages() and os.path.getsize(path) <= min(READ, free_memory() // 2)
+        return (
+            self.on_cpu and memory.has_huge_pages() and sum(map(os.path.getsize, parts(path))) <= min(READ, free_memory() // 2)
+        )
 
     @property
     def on_cpu(self) -> bool:
@@ -273,6 +275,12 @@ def read_pieces(tokenizer: Any) -> tuple[list[bytes], list[bytes]]:
         else:
             literals[i] = text.replace("\u2581", " ").encode()
     return literals, [b"" if i in added and added[i].special else literal for i, literal in enumerate(literals)]
+
+
+def parts(path: str) -> list[str]:
+    """The files of a GGUF model, which is named by the first."""
+    first = re.search(r"-00001-of-(\d{5})\.gguf$", path)
+    return [f"{path[: first.start()]}-{i:05d}-of-{first[1]}.gguf" for i in range(1, int(first[1]) + 1)] if first else [path]
 
 
 def installed(requirement: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
+import re
 import shutil
 from typing import Any
 
@@ -27,28 +27,46 @@ LONG = 32_768  # tokens that one request may use unless the command line says ot
 
 def machine_memory() -> int:
     """Bytes, of a container those that it may use; 0 where the system does not say."""
-    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *group_limits()]) if hasattr(os, "sysconf") else 0
+    if not hasattr(os, "sysconf"):
+        return 0
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit, _ in groups())])
 
 
 def free_memory() -> int:
-    """Bytes that could be taken without swapping; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as f:
-        kilobytes = next((int(line.split()[1]) for line in f if line.startswith("MemAvailable:")), 0)
-        return min([kilobytes << 10, *group_limits()])
-    return 0
+    """Bytes that can be taken without anything being swapped out; 0 where the system does not say."""
+    free = re.search(r"^MemAvailable: +(\d+) kB", contents("/proc/meminfo"), re.M)
+    return max(0, min([int(free[1]) << 10, *(limit - used for limit, used in groups())])) if free else 0
 
 
-def group_limits(groups: str = "/sys/fs/cgroup") -> list[int]:
-    """Bytes of memory that each control group which we are in allows (docs.kernel.org/admin-guide/cgroup-v2.html)."""
+GROUPS = {  # kernel.org: cgroup-v2.rst, cgroup-v1/memory.rst
+    2: ("", "memory.max", "memory.current", r"^inactive_file (\d+)"),
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_inactive_file (\d+)"),
+}
+
+
+def groups(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> list[tuple[int, int]]:
+    """(bytes that it may take, bytes taken that are not files nobody reads) of each control group around us that bounds memory."""
     found = []
-    with contextlib.suppress(OSError):
-        with open("/proc/self/cgroup") as f:
-            own = next((line.strip()[3:] for line in f if line.startswith("0::")), "")
-        parts = [part for part in own.split("/") if part]
-        for depth in range(len(parts) + 1):
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(groups, *parts[:depth], "memory.max")) as f:
-                found.append(int(f.read()))  # or the word max
+    for number, controllers, path in (line.split(":", 2) for line in contents(own).splitlines()):
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        folder, most, taken, files = GROUPS[2 if number == "0" else 1]
+        folder = os.path.join(root, folder)
+        for part in ["", *path.strip("/").split("/")]:
+            folder = os.path.join(folder, part)
+            limit, used = contents(os.path.join(folder, most)).strip(), contents(os.path.join(folder, taken)).strip()
+            idle = re.search(files, contents(os.path.join(folder, "memory.stat")), re.M)
+            if limit.isdecimal() and used.isdecimal():  # or the word max
+                found.append((int(limit), int(used) - int(idle[1] if idle else 0)))
     return found
+
+
+def contents(path: str) -> str:
+    try:
+        with open(path, errors="replace") as f:
+            return f.read()
+    except OSError:
+        return ""
 
 
 def default_cache_tokens(slots: int, context: int, kv_bytes_per_token: int, memory: int | None = None) -> int:

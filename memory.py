@@ -79,16 +79,19 @@ def in_huge_pages(wanted: bool = True) -> Iterator[None]:
 
     A decode step reads all weights, and waits up to a tenth of its time for the addresses of small pages.
     """
+    if not (wanted and has_huge_pages()):
+        yield
+        return
     before = blocks(LARGE)
     yield
-    if wanted and has_huge_pages():
-        threading.Thread(target=move_to_huge_pages, args=(blocks(LARGE) - before,), name="huge-pages", daemon=True).start()
+    if fresh := blocks(LARGE) - before:
+        threading.Thread(target=move_to_huge_pages, args=(fresh,), name="huge-pages", daemon=True).start()
 
 
 def blocks(least: int) -> set[tuple[int, int]]:
     """(begin, end) of memory of at least so many bytes that no file is behind (proc_pid_maps(5)); none where the system does not say."""
     try:
-        with open("/proc/self/maps") as f:
+        with open("/proc/self/maps", errors="replace") as f:
             rows = [line.split() for line in f]
     except OSError:
         return set()
@@ -126,9 +129,13 @@ def taken_from_both_ends(wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
-    before, cleared = blocks(VAST), threading.Event()
+    begun, cleared = threading.Event(), threading.Event()
 
     def take() -> None:
+        try:
+            before = blocks(VAST)  # its own stack may be one
+        finally:
+            begun.set()
         while not (fresh := blocks(VAST) - before):
             if cleared.wait(0.005):
                 return
@@ -139,6 +146,7 @@ def taken_from_both_ends(wanted: bool = True) -> Iterator[None]:
 
     beside = threading.Thread(target=take, name="both-ends")
     beside.start()
+    begun.wait()
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 from api_errors import ApiError
 from api_reply import CHAT_SHAPE, Completion, Part, compact, sse
-from api_request import ANYTHING, BIG, CHAT, GENERATION, Field, Kind, check, integer, never, one_of, parse_json
+from api_request import ANYTHING, BIG, CHAT, GENERATION, Field, Kind, check, integer, never, one_of, parse_json, refuse_indirect
 from engine import Delta
 
 Json = dict[str, Any]
@@ -147,10 +147,7 @@ def read_tools(value: Any) -> list[Json]:
             )
         if not isinstance(tool.get("input_schema"), dict):
             raise bad(f"{where}.input_schema", "must be a JSON Schema")
-        if tool.get("defer_loading"):
-            raise ApiError(
-                400, f"'{where}.defer_loading' is not built: leave it out.", f"{where}.defer_loading", "unsupported_tool"
-            )
+        refuse_indirect(tool, where)
     return list(value)
 
 
@@ -211,7 +208,17 @@ def read_thread(_: Any) -> None:
 
 FORMAT = Kind('{"type": "json_schema", "schema": …}', read_format, dict.fromkeys(("type", "schema")))
 TOOL_KEYS = dict.fromkeys(
-    ("type", "name", "description", "input_schema", "strict", "defer_loading", "cache_control", "eager_input_streaming")
+    (
+        "type",
+        "name",
+        "description",
+        "input_schema",
+        "strict",
+        "cache_control",
+        "eager_input_streaming",
+        "defer_loading",
+        "allowed_callers",
+    )
 )
 CONTENT = "text, tool_use, tool_result, thinking"
 MESSAGES = {

@@ -420,7 +420,7 @@ def useless_flags(args: argparse.Namespace, backend: str) -> dict[str, list[str]
 
 
 def spelled(flag: str) -> str:
-    return f"--{flag.replace('_', '-')}"
+    return "--mmap, --no-mmap" if flag == "mmap" else f"--{flag.replace('_', '-')}"
 
 
 def check_engine_flags(args: argparse.Namespace, backend: str | None) -> None:

@@ -143,11 +143,11 @@ class Handler(Connection):
             allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
             raise ApiError(405, f"{self.command[:50]} is not allowed here, but {allow} is.", headers=[("Allow", allow)])
         self.matched = route
-        self.ignore([f"?{name}" for name in self.query() if name not in QUERIES.get(action, ())])
         if self.server.draining:
             raise ApiError(503, "The server is shutting down.", code="not_ready", close=True)
         peer = str(self.client_address[0])
         self.identity = access.client(peer, self.headers, action in OPERATORS, action in OPEN_TO_ALL)
+        self.tell_ignored([f"?{name}" for name in self.query() if name not in QUERIES.get(action, ())])
         if action not in WITHOUT_BODY or self.unread != 0:
             self.body = self.read_body()
         action(self, *argument)
@@ -248,10 +248,13 @@ class Handler(Connection):
         return values
 
     def ignore(self, names: list[str]) -> None:
-        """Tell them, in one header however often this is called."""
+        self.server.note_ignored(names)
+        self.tell_ignored(names)
+
+    def tell_ignored(self, names: list[str]) -> None:
+        """In one header however often this is called."""
         if not names:
             return
-        self.server.note_ignored(names)
         headers = dict(self.extra)
         told = [headers[IGNORED]] if IGNORED in headers else []
         headers[IGNORED] = ", ".join(told + [ascii(name)[1:-1][:64] for name in names[:32]])
@@ -301,7 +304,7 @@ class Handler(Connection):
     def queried_model(self) -> Model:
         """The model that `?model=` names, else the default one."""
         name = self.query().get("model")
-        return self.server.models.default() if name is None else self.server.models.resolve(name)
+        return self.server.models.resolve(name) if name else self.server.models.default()
 
     def submit(self, start: Callable[[AnyEngine], Job]) -> Job:
         return self.server.models.submit(self.model, start, self.client(), self.peer_gone, self.prefers_to_wait())

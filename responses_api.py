@@ -36,6 +36,7 @@ from api_request import (
     never,
     one_of,
     read_boolean,
+    refuse_indirect,
     same_value,
 )
 from constraints import Unsupported
@@ -161,7 +162,7 @@ READERS: dict[Any, Callable[[Json, str], Json]] = {
 }
 
 
-PART_KEYS = dict.fromkeys(("type", "text", "refusal", "annotations", "logprobs"))
+PART_KEYS = dict.fromkeys(("type", "text", "refusal", "annotations", "logprobs", "prompt_cache_breakpoint"))
 ITEM_KEYS: Json = {
     **dict.fromkeys(
         ("type", "id", "status", "role", "call_id", "name", "namespace", "arguments", "input", "encrypted_content")
@@ -211,6 +212,8 @@ def read_tool(tool: Any, where: str) -> Json:
     """As it is told again in the response. What stands in a function is the chat request's to check."""
     if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
         raise bad(where, "must be an object with a type")
+    if tool_keys(tool):
+        refuse_indirect(tool, where)
     if tool["type"] == "function":
         text_member(tool, "name", where)
         return {"type": "function", **{name: tool.get(name) for name in ("name", "description", "parameters", "strict")}}
@@ -237,6 +240,7 @@ def read_tool(tool: Any, where: str) -> Json:
 def tool_keys(tool: Json) -> Json | None:
     """What is read of a tool; nothing of a hosted one."""
     keys: Json = FUNCTION_KEYS | {"type": None, "format": dict.fromkeys(("type", "syntax", "definition")), "tools": tool_keys}
+    keys |= dict.fromkeys(("defer_loading", "allowed_callers"))
     return keys if tool.get("type") in ("function", "custom", "namespace") else None
 
 

@@ -197,7 +197,7 @@ def test_what_is_not_read_inside_a_field_is_named(scripted):
 
 
 @pytest.mark.parametrize("path, told", [
-    ("/v1/models?limit=2&after=x", "?limit, ?after"), ("/v1/capabilities?model=scripted", None), ("/health?", None), ("/health?x", "?x"),
+    ("/v1/models?limit=2&after=x", "?limit, ?after"), ("/v1/capabilities?model=scripted", None), ("/v1/capabilities?model=", None), ("/health?", None), ("/health?x", "?x"),
 ])  # fmt: skip
 def test_words_behind_the_question_mark_are_read_or_named(scripted, path, told):
     status, _, headers = scripted.request("GET", path)
@@ -211,7 +211,7 @@ STRAY_ITEMS = {
         {"type": "function_call_output", "call_id": "c", "output": "y", "caller": {"type": "direct"}},
     ],
     "tools": [
-        {"type": "function", "name": "f", "parameters": {"x-odd": 1}, "defer_loading": True},
+        {"type": "function", "name": "f", "parameters": {"x-odd": 1}, "returns": "int", "defer_loading": False},
         {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g", "odd": 1}]},
     ],
     "tool_choice": {"type": "function", "name": "f", "odd": 1},
@@ -238,7 +238,7 @@ STRAY_BLOCKS = {
         (
             "responses",
             STRAY_ITEMS,
-            "input[0].content[0].odd, input[0].why, input[1].async, tools[0].defer_loading, tools[1].tools[0].odd, "
+            "input[0].content[0].odd, input[0].why, input[1].async, tools[0].returns, tools[1].tools[0].odd, "
             "tool_choice.odd, text.format.odd",
         ),
         (
@@ -261,6 +261,29 @@ STRAY_BLOCKS = {
 def test_unknown_keys_within_the_fields_of_each_dialect_are_named(scripted, path, body, told):
     headers = scripted.request("POST", f"/v1/{path}", body)[2]
     assert headers["X-Ignored-Fields"] == told
+
+
+@pytest.mark.parametrize("path", ["responses", "messages"])
+@pytest.mark.parametrize("member, free, other", [
+    ("defer_loading", False, True), ("allowed_callers", ["direct"], ["direct", "code_execution_20250825"]),
+])  # fmt: skip
+def test_tools_for_other_callers_than_the_model_are_refused(scripted, path, member, free, other):
+    asked = [{"role": "user", "content": "echo x"}]
+    for value, status in ((free, 200), (other, 400)):
+        tool = {"type": "function", "name": "f", "parameters": {"type": "object"}, member: value}
+        if path == "messages":
+            tool = {"name": "f", "input_schema": {"type": "object"}, member: value}
+        body = {"input": asked} if path == "responses" else {"messages": asked, "max_tokens": 5}
+        found, reply, headers = scripted.request("POST", f"/v1/{path}", body | {"tools": [tool]})
+        assert (found, headers.get("X-Ignored-Fields")) == (status, None), reply
+    assert f"tools[0].{member}" in reply["error"]["message"]
+
+
+def test_a_stranger_does_not_fill_the_log(scripted, caplog):
+    """Words behind the ? are told to who wrote them, and not remembered: anybody may ask /health."""
+    before = set(scripted.server.ignored_seen)
+    scripted.request("GET", "/health?" + "&".join(f"n{i}" for i in range(50)))
+    assert scripted.server.ignored_seen == before and "n49" not in caplog.text
 
 
 def test_unknown_words_of_a_schema_are_named(scripted, caplog):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,29 @@ def test_close_is_polite(script):
     script.engine.close()
     assert script.calls()[-1] == "close"
     assert isinstance(finish(job)[-1], EngineFailed)
+
+
+def test_its_pipe_is_closed_when_nobody_writes_into_it_any_more(script):
+    """The number of one that is closed is given to the next process's, which would get what was meant for this one."""
+    pipe, inside, go_on = script.engine.conn, threading.Event(), threading.Event()
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(pipe, name)
+
+        def send_bytes(self, data):
+            inside.set()
+            go_on.wait(20)
+
+    script.engine.conn = Slow()
+    script.submit("echo x")
+    assert inside.wait(10)
+    script.engine.process.kill()
+    until(lambda: script.engine.dead)
+    time.sleep(0.3)
+    assert not pipe.closed
+    go_on.set()
+    until(lambda: pipe.closed)
 
 
 def test_what_cannot_be_pickled_is_refused(script):

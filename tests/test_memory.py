@@ -3,12 +3,15 @@
 import ctypes
 import mmap
 import re
+import sys
 import threading
+import types
 
 import pytest
 from conftest import serve_one, until
 from test_backends import QUESTION, ask, text
 
+import libraries
 import machine
 import memory
 import model_init
@@ -41,10 +44,10 @@ def in_huge_pages(pid="self"):
 
 
 def test_what_is_allocated_moves_while_it_is_read_and_written(moves):
-    before = in_huge_pages()
+    before, others = in_huge_pages(), threading.enumerate()
     with memory.in_huge_pages():
         block = bytearray(b"0123456789abcdef") * (SIZE // 16)
-    (mover,) = (thread for thread in threading.enumerate() if thread.name == "huge-pages")
+    mover = next(thread for thread in threading.enumerate() if thread.name == "huge-pages" and thread not in others)
     written = 0
     while mover.is_alive():
         block[written % SIZE] = 0x58
@@ -58,7 +61,7 @@ def test_what_is_allocated_moves_while_it_is_read_and_written(moves):
 
 def test_a_vast_block_is_taken_from_its_end(monkeypatch):
     monkeypatch.setattr(memory, "VAST", 2 * SIZE)
-    if not memory.madvise(0, 0, memory.MADV_POPULATE_WRITE):
+    if not sys.platform.startswith("linux") or not memory.madvise(0, 0, memory.MADV_POPULATE_WRITE):
         pytest.skip("this system takes no memory in advance: Linux 5.14 does")
     with memory.taken_from_both_ends():
         block = mmap.mmap(-1, 4 * SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # no page of it is taken
@@ -74,8 +77,7 @@ def test_a_vast_block_is_taken_from_its_end(monkeypatch):
         pass  # nothing came: it does not wait for it
 
 
-def test_what_is_no_memory_any_more_comes_to_no_harm(monkeypatch):
-    monkeypatch.setattr(memory, "SOON_S", 0.0)
+def test_what_is_no_memory_any_more_comes_to_no_harm(moves):
     gone = (1 << 46) + memory.HUGE
     assert memory.move_to_huge_pages([(gone, gone + 4 * memory.HUGE)]) == 0
     assert ctypes.string_at(b"still here") == b"still here"
@@ -103,16 +105,57 @@ def test_how_the_weights_are_loaded_is_said(words, given, demo):
     assert model_init.init(args).make_spec(demo).flags == given
 
 
-@pytest.mark.skipif(not machine.free_memory(), reason="this system does not say how much memory is free")
-def test_a_container_has_the_memory_that_it_may_use(tmp_path, monkeypatch):
-    with open("/proc/self/cgroup") as f:
-        own = next((line.strip()[3:] for line in f if line.startswith("0::")), "")
-    folder = tmp_path.joinpath(*own.split("/"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "memory.max").write_text("3000000000\n")
-    assert machine.group_limits(str(tmp_path))[0] == 3_000_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.group_limits(str(tmp_path)) == []
-    assert 0 < machine.free_memory() <= machine.machine_memory()
-    monkeypatch.setattr(machine, "group_limits", lambda: [1 << 20])
-    assert machine.free_memory() == machine.machine_memory() == 1 << 20
+def test_which_files_are_read(demo, monkeypatch, tmp_path):
+    """What fits, on a CPU: else they are mapped, as llama.cpp does by itself, and where that is asked for."""
+    if lack := missing_library("llamacpp"):
+        pytest.skip(lack)
+    import llama_cpp
+
+    monkeypatch.setattr(memory, "has_huge_pages", lambda: True)
+    for i in (1, 2):
+        with open(tmp_path / f"m-0000{i}-of-00002.gguf", "wb") as f:
+            f.truncate(i << 29)  # bytes, none of them written
+    one, both = str(demo.path), str(tmp_path / "m-00001-of-00002.gguf")
+    gpu = {"gpu": True}
+    modes = {
+        "read": llama_cpp.LLAMA_LOAD_MODE_NONE,
+        "locked": llama_cpp.LLAMA_LOAD_MODE_MLOCK,
+        "left": -7,
+        "mapped": 1,
+        "kept": 3,
+    }
+    for path, flags, room, machine_, told in (
+        (one, {}, 8 << 30, {}, "read"),
+        (one, {}, 8 << 20, {}, "left"),
+        (both, {}, 8 << 30, {}, "left"),  # together more than 1 GiB
+        (one, {}, 8 << 30, gpu, "left"),
+        (one, {"gpu_layers": 0}, 8 << 30, gpu, "read"),
+        (one, {"mlock": True}, 8 << 30, {}, "locked"),
+        (both, {"mlock": True}, 8 << 30, {}, "kept"),
+        (one, {"mmap": "on"}, 8 << 30, {}, "mapped"),
+        (both, {"mmap": "off"}, 8 << 30, {}, "read"),
+    ):
+        monkeypatch.setattr(libraries, "free_memory", lambda room=room: room)
+        model = libraries.LlamaModel.__new__(libraries.LlamaModel)
+        model.lib, model.flags, model.keep = llama_cpp, flags, []
+        monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda has=bool(machine_): has)
+        params = types.SimpleNamespace(n_gpu_layers=-1, main_gpu=0, load_mode=-7)
+        assert model.place(params, path).load_mode == modes[told], (path, flags, room)
+
+
+@pytest.mark.parametrize("own, files, found", [
+    ("0::/a/b\n", {"memory.max": "max", "a/memory.max": "3000", "a/memory.current": "1000", "a/memory.stat": "anon 1\ninactive_file 400\n",
+                   "a/b/memory.max": "2000", "a/b/memory.current": "500"}, [(3000, 600), (2000, 500)]),
+    ("0::/\n4:memory:/docker/x\n1:cpu:/\n", {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "100",
+                                             "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 40\n"}, [(5000, 60)]),
+    ("", {}, []),
+])  # fmt: skip
+def test_a_container_has_the_memory_that_it_may_use(own, files, found, tmp_path, monkeypatch):
+    for name, text_ in {"own": own, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text_)
+    assert machine.groups(str(tmp_path), str(tmp_path / "own")) == found
+    if machine.free_memory():
+        assert machine.free_memory() <= machine.machine_memory()
+        monkeypatch.setattr(machine, "groups", lambda: [(1 << 20, 1000), (1 << 19, 300)])
+        assert (machine.free_memory(), machine.machine_memory()) == ((1 << 19) - 300, 1 << 19)
