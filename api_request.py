@@ -545,9 +545,8 @@ def read_content(content: Any, where: str) -> str:
 
 CALL_KEYS = {"name": None, "arguments": None}
 MESSAGE_KEYS = dict.fromkeys(("role", "name", "tool_call_id", "reasoning", "reasoning_content")) | {
-    "content": dict.fromkeys(
-        ("type", "text", "cache_control", "prompt_cache_breakpoint")
-    ),  # the last two: what can be reused is
+    # The last two change nothing: what can be reused is.
+    "content": dict.fromkeys(("type", "text", "cache_control", "prompt_cache_breakpoint")),
     "tool_calls": {"id": None, "type": None, "index": None, "function": CALL_KEYS},
     "function_call": CALL_KEYS,
 }

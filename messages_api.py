@@ -207,19 +207,8 @@ def read_thread(_: Any) -> None:
 
 
 FORMAT = Kind('{"type": "json_schema", "schema": …}', read_format, dict.fromkeys(("type", "schema")))
-TOOL_KEYS = dict.fromkeys(
-    (
-        "type",
-        "name",
-        "description",
-        "input_schema",
-        "strict",
-        "cache_control",
-        "eager_input_streaming",
-        "defer_loading",
-        "allowed_callers",
-    )
-)
+TOOL_KEYS = dict.fromkeys((*MORE, "name", "description", "input_schema", "strict", "defer_loading", "allowed_callers"))
+TOOL_KEYS["eager_input_streaming"] = None  # changes nothing: arguments come as they are made
 CONTENT = "text, tool_use, tool_result, thinking"
 MESSAGES = {
     "model": GENERATION["model"],
