@@ -101,6 +101,8 @@ def test_the_weights_are_read_into_them_unless_they_are_to_be_mapped(moves, demo
     ("", ()), ("--mmap", (("mmap", "on"),)), ("--no-mmap --mlock", (("mmap", "off"), ("mlock", True))), ("--mmap --no-mmap", (("mmap", "off"),)),
 ])  # fmt: skip
 def test_how_the_weights_are_loaded_is_said(words, given, demo):
+    if lack := missing_library("llamacpp"):
+        pytest.skip(lack)
     args = endpoint.parse_args(["--backend", "llamacpp", *words.split()])
     assert model_init.init(args).make_spec(demo).flags == given
 
