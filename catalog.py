@@ -23,7 +23,7 @@ from pathlib import Path
 
 from backends import fits_exllamav3, missing_library
 from engine import log
-from model_files import TASKS, cache_folder, folder_task, gguf_task, is_inside, labels, parse_json, read_gguf
+from model_files import PART, TASKS, cache_folder, folder_task, gguf_task, is_inside, labels, parse_json, part_name, read_gguf
 from progress import Progress
 
 
@@ -65,7 +65,6 @@ KINDS = {
 }
 OPENVINO_GGUF = ("llama", "qwen2", "qwen3")  # architectures that OpenVINO's own GGUF reader knows
 SHOWN_LACKS = 20  # of what a folder lacks, so many are named
-PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(?:gguf|safetensors)$)")  # a file that is one of several
 QUANTISATION = re.compile(r"[.-](?:i?q\d\w*|tq\d_\d|mxfp4\w*|bf16|f16|f32|fp16)$", re.IGNORECASE)
 
 OSAURUS_NAMES = {  # the table of Osaurus' document: the downloaded model → its name in the API
@@ -123,7 +122,7 @@ def missing_files(kind: str, names: Collection[str]) -> list[str]:
             parts.setdefault((name[: part.start()], part[2], name[part.end() :]), set()).add(int(part[1]))
     for (before, total, after), there in parts.items():
         missing = itertools.islice((i for i in range(1, int(total) + 1) if i not in there), SHOWN_LACKS)
-        lacks += [f"{before}-{i:05d}-of-{total}{after}" for i in missing]
+        lacks += [part_name(before, i, total, after) for i in missing]
     more = len(lacks) - SHOWN_LACKS
     return [*lacks[:SHOWN_LACKS], "and more"] if more > 0 else lacks
 

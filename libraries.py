@@ -23,7 +23,7 @@ from chat_syntax import ChatTemplate
 from engine import EngineSpec, Refused, log, too_long
 from grammar import lark_grammar
 from machine import free_memory, openvino_device, physical_cores
-from model_files import hf_template, own_sampling, read_gguf, read_json, text_config, token_text
+from model_files import hf_template, own_sampling, parts, read_gguf, read_json, text_config, token_text
 
 READ = 1 << 30  # bytes of a file of weights that is read rather than mapped
 LAYER_ON = re.compile(r"layer +\d+ assigned to device (\w+)")  # llama.cpp tells it in its log alone
@@ -152,9 +152,8 @@ class LlamaModel:
 
     def is_better_read(self, path: str) -> bool:
         """A file that is mapped lies in pages of 4 kB, and what is read need not. A large one gains less, and takes long to be read."""
-        return (
-            self.on_cpu and memory.has_huge_pages() and sum(map(os.path.getsize, parts(path))) <= min(READ, free_memory() // 2)
-        )
+        size = sum(map(os.path.getsize, parts(path)))
+        return self.on_cpu and memory.has_huge_pages() and size <= min(READ, free_memory() // 2)
 
     @property
     def on_cpu(self) -> bool:
@@ -275,12 +274,6 @@ def read_pieces(tokenizer: Any) -> tuple[list[bytes], list[bytes]]:
         else:
             literals[i] = text.replace("\u2581", " ").encode()
     return literals, [b"" if i in added and added[i].special else literal for i, literal in enumerate(literals)]
-
-
-def parts(path: str) -> list[str]:
-    """The files of a GGUF model, which is named by the first."""
-    first = re.search(r"-00001-of-(\d{5})\.gguf$", path)
-    return [f"{path[: first.start()]}-{i:05d}-of-{first[1]}.gguf" for i in range(1, int(first[1]) + 1)] if first else [path]
 
 
 def installed(requirement: str) -> str:

@@ -14,11 +14,7 @@ def physical_cores() -> int:
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
-                cores.add(f.read().strip())
-        except OSError:
-            cores.add(str(cpu))
+        cores.add(contents(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu))
     return len(cores)
 
 
@@ -62,6 +58,7 @@ def groups(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> list
 
 
 def contents(path: str) -> str:
+    """Of a file of the system's; "" where it has none such."""
     try:
         with open(path, errors="replace") as f:
             return f.read()

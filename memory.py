@@ -10,11 +10,14 @@ import contextlib
 import ctypes
 import functools
 import gc
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from machine import contents
 
 HUGE = 2 << 20  # bytes of a page
 LARGE, VAST = 16 << 20, 128 << 20  # bytes: blocks that are moved, and such as only a KV cache is
@@ -66,11 +69,8 @@ def taken_at_once() -> Iterator[None]:
 
 def has_huge_pages() -> bool:
     """Does the system give pages of 2 MB to who asks for them?"""
-    try:
-        with open("/sys/kernel/mm/transparent_hugepage/enabled") as f:
-            return "[never]" not in f.read()
-    except OSError:
-        return False
+    modes = contents("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never": in brackets the one that holds
+    return bool(modes) and "[never]" not in modes
 
 
 @contextlib.contextmanager
@@ -90,16 +90,8 @@ def in_huge_pages(wanted: bool = True) -> Iterator[None]:
 
 def blocks(least: int) -> set[tuple[int, int]]:
     """(begin, end) of memory of at least so many bytes that no file is behind (proc_pid_maps(5)); none where the system does not say."""
-    try:
-        with open("/proc/self/maps", errors="replace") as f:
-            rows = [line.split() for line in f]
-    except OSError:
-        return set()
-    places = (
-        tuple(int(end, 16) for end in where.split("-"))
-        for where, mode, _, _, inode, *_ in rows
-        if (mode, inode) == ("rw-p", "0")
-    )
+    found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0\b", contents("/proc/self/maps"), re.M)
+    places = ((int(begin, 16), int(end, 16)) for begin, end in found)
     return {(begin, end) for begin, end in places if end - begin >= least}
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -149,6 +150,21 @@ def read_gguf(path: str) -> dict[str, Any]:
             else:
                 raise ValueError(f"the header has a value of unknown type {kind}")
         return meta
+
+
+PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(?:gguf|safetensors)$)")  # a file that is one of several
+
+
+def part_name(before: str, number: int, total: str, after: str) -> str:
+    return f"{before}-{number:05d}-of-{total}{after}"
+
+
+def parts(path: str) -> list[str]:
+    """The files of a model that is named by one of them."""
+    part = PART.search(path)
+    if not part:
+        return [path]
+    return [part_name(path[: part.start()], i, part[2], path[part.end() :]) for i in range(1, int(part[2]) + 1)]
 
 
 def gguf_shape(meta: dict[str, Any]) -> tuple[int, int]:

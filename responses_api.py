@@ -212,7 +212,7 @@ def read_tool(tool: Any, where: str) -> Json:
     """As it is told again in the response. What stands in a function is the chat request's to check."""
     if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
         raise bad(where, "must be an object with a type")
-    if tool_keys(tool):
+    if tool["type"] in OURS:
         refuse_indirect(tool, where)
     if tool["type"] == "function":
         text_member(tool, "name", where)
@@ -239,11 +239,16 @@ def read_tool(tool: Any, where: str) -> Json:
 
 def tool_keys(tool: Json) -> Json | None:
     """What is read of a tool; nothing of a hosted one."""
-    keys: Json = FUNCTION_KEYS | {"type": None, "format": dict.fromkeys(("type", "syntax", "definition")), "tools": tool_keys}
-    keys |= dict.fromkeys(("defer_loading", "allowed_callers"))
-    return keys if tool.get("type") in ("function", "custom", "namespace") else None
+    return TOOL_KEYS if tool.get("type") in OURS else None
 
 
+OURS = ("function", "custom", "namespace")  # kinds of tools; the others are hosted
+TOOL_KEYS: Json = {
+    **FUNCTION_KEYS,
+    **dict.fromkeys(("type", "defer_loading", "allowed_callers")),
+    "format": dict.fromkeys(("type", "syntax", "definition")),
+    "tools": tool_keys,
+}
 CHOICE_KEYS = dict.fromkeys(("type", "name", "namespace", "mode", "tools"))
 
 

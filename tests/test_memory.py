@@ -118,29 +118,28 @@ def test_which_files_are_read(demo, monkeypatch, tmp_path):
         with open(tmp_path / f"m-0000{i}-of-00002.gguf", "wb") as f:
             f.truncate(i << 29)  # bytes, none of them written
     one, both = str(demo.path), str(tmp_path / "m-00001-of-00002.gguf")
-    gpu = {"gpu": True}
     modes = {
         "read": llama_cpp.LLAMA_LOAD_MODE_NONE,
         "locked": llama_cpp.LLAMA_LOAD_MODE_MLOCK,
-        "left": -7,
-        "mapped": 1,
-        "kept": 3,
+        "left": -7,  # as llama.cpp chose
+        "mapped": llama_cpp.LLAMA_LOAD_MODE_MMAP,
+        "kept": llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK,
     }
-    for path, flags, room, machine_, told in (
-        (one, {}, 8 << 30, {}, "read"),
-        (one, {}, 8 << 20, {}, "left"),
-        (both, {}, 8 << 30, {}, "left"),  # together more than 1 GiB
-        (one, {}, 8 << 30, gpu, "left"),
-        (one, {"gpu_layers": 0}, 8 << 30, gpu, "read"),
-        (one, {"mlock": True}, 8 << 30, {}, "locked"),
-        (both, {"mlock": True}, 8 << 30, {}, "kept"),
-        (one, {"mmap": "on"}, 8 << 30, {}, "mapped"),
-        (both, {"mmap": "off"}, 8 << 30, {}, "read"),
+    for path, flags, room, has_gpu, told in (
+        (one, {}, 8 << 30, False, "read"),
+        (one, {}, 8 << 20, False, "left"),
+        (both, {}, 8 << 30, False, "left"),  # together more than 1 GiB
+        (one, {}, 8 << 30, True, "left"),
+        (one, {"gpu_layers": 0}, 8 << 30, True, "read"),
+        (one, {"mlock": True}, 8 << 30, False, "locked"),
+        (both, {"mlock": True}, 8 << 30, False, "kept"),
+        (one, {"mmap": "on"}, 8 << 30, False, "mapped"),
+        (both, {"mmap": "off"}, 8 << 30, False, "read"),
     ):
         monkeypatch.setattr(libraries, "free_memory", lambda room=room: room)
         model = libraries.LlamaModel.__new__(libraries.LlamaModel)
         model.lib, model.flags, model.keep = llama_cpp, flags, []
-        monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda has=bool(machine_): has)
+        monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda has=has_gpu: has)
         params = types.SimpleNamespace(n_gpu_layers=-1, main_gpu=0, load_mode=-7)
         assert model.place(params, path).load_mode == modes[told], (path, flags, room)
 
@@ -153,9 +152,9 @@ def test_which_files_are_read(demo, monkeypatch, tmp_path):
     ("", {}, []),
 ])  # fmt: skip
 def test_a_container_has_the_memory_that_it_may_use(own, files, found, tmp_path, monkeypatch):
-    for name, text_ in {"own": own, **files}.items():
+    for name, said in {"own": own, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text_)
+        (tmp_path / name).write_text(said)
     assert machine.groups(str(tmp_path), str(tmp_path / "own")) == found
     if machine.free_memory():
         assert machine.free_memory() <= machine.machine_memory()
